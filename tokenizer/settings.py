@@ -1,0 +1,118 @@
+"""Settings: nested dataclasses <-> YAML files <-> dotted command-line overrides, read by jsonargparse."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from tokenizer.errors import UserError
+
+T = TypeVar("T")
+
+
+def load(kind: type[T], file: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
+    """Reads a configuration: the defaults of `kind`, then the YAML `file`, then the overrides, the last one winning.
+
+    Args:
+        kind: a dataclass whose fields are plain types or dataclasses.
+        file: a YAML file that mirrors the dataclass, or None.
+        overrides: words of a command line, such as `["--optimizer.lr", "1e-4", "--seed=3"]`.
+
+    Raises:
+        UserError: the file is missing, or a key is unknown or ill-typed (with the nearest known key).
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind)
+    parser.add_argument("--config", action="config")
+    words = []
+    if file is not None:
+        words = ["--config", str(_checked_file(kind, Path(file)))]
+    for word in overrides:
+        if word.startswith("--"):
+            _check_key(kind, word[2:].split("=", 1)[0], "the command line")
+    try:
+        namespace = parser.parse_args([*words, *overrides])
+        return kind(**{field.name: parser.instantiate_classes(namespace)[field.name] for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
+    except (ArgumentError, TypeError) as error:
+        where = f"{file} and the command line" if file else "the command line"
+        raise UserError(f"the settings of {where} do not fit {kind.__name__}: {_first_lines(error)}.") from error
+
+
+def save(config: Any, file: str | Path) -> None:
+    """Writes a configuration as YAML that `load` reads back to an equal object; a reader never sees half of it."""
+    file = Path(file)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=f".{file.name}.", delete=False) as out:
+        yaml.safe_dump(to_dict(config), out, sort_keys=False)
+    Path(out.name).replace(file)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as plain dictionaries and lists."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(entry) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(entry) for entry in value]
+        return value
+
+    return plain(dataclasses.asdict(config))
+
+
+def known_keys(kind: type) -> Iterator[str]:
+    """All dotted keys of a configuration class."""
+    for field in dataclasses.fields(kind):
+        yield field.name
+        inner = _field_type(kind, field.name)
+        if dataclasses.is_dataclass(inner):
+            yield from (f"{field.name}.{key}" for key in known_keys(inner))  # type: ignore[arg-type]
+
+
+def _field_type(kind: type, name: str) -> Any:
+    import typing
+
+    return typing.get_type_hints(kind)[name]
+
+
+def _checked_file(kind: type, file: Path) -> Path:
+    if not file.is_file():
+        raise UserError(f"the configuration file {file} does not exist: give the path of a YAML file.")
+    try:
+        content = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"the configuration file {file} is not valid YAML: {_first_lines(error)}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"the configuration file {file} must hold a mapping of keys, not a {type(content).__name__}.")
+    for key in _keys_in(kind, content):
+        _check_key(kind, key, str(file))
+    return file
+
+
+def _keys_in(kind: Any, content: dict, prefix: str = "") -> Iterator[str]:
+    for key, value in content.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict) and f"{key}" in {f.name for f in dataclasses.fields(kind)}:
+            inner = _field_type(kind, key)
+            if dataclasses.is_dataclass(inner):
+                yield from ((f"{prefix}{key}.{k}") for k in _keys_in(inner, value))
+
+
+def _check_key(kind: type, key: str, where: str) -> None:
+    known = list(known_keys(kind))
+    head = re.sub(r"\+$", "", key)
+    if head in known:
+        return
+    near = difflib.get_close_matches(head, known, n=1, cutoff=0.0)
+    raise UserError(f"{where} has an unknown key '{key}': the nearest known key is '{near[0] if near else known[0]}'.")
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(str(error).split())[:400].rstrip(". ")
