@@ -1,0 +1,1 @@
+"""Raw video -> streaming shards -> decoded clips; pre-encoding to bit codes; training batches."""

@@ -1,0 +1,1 @@
+"""Measures of what a model makes: reconstruction, FVD, VBench and the shapes benchmark."""
