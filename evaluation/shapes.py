@@ -48,7 +48,8 @@ def moving_foreground(clip: np.ndarray) -> np.ndarray:
     alpha = _alpha(clip)
     mask = np.zeros(alpha.shape, dtype=bool)
     for t, image in enumerate(alpha):
-        labels, count = ndimage.label(image > 0.5)
+        labelled: Any = ndimage.label(image > 0.5)
+        labels, count = labelled
         if count:
             areas = np.bincount(labels.ravel())[1:]
             if areas.max() >= LEAST_AREA * image.size:
