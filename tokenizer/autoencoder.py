@@ -1,0 +1,140 @@
+"""The causal 3-D autoencoder: video [B, 3, 1+4n, 16H, 16W] <-> latent [B, d, 1+n, H, W] (DESIGN section 2, Tokenizer).
+
+Module names follow the published Infinity image tokenizers, whose weights can start it by inflation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenizer.causal_conv import CausalConv3d, Downsample, FrameNorm, ResidualBlock, Upsample
+from tokenizer.errors import UserError
+
+SPATIAL_COMPRESSION = 16
+TEMPORAL_COMPRESSION = 4
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """The autoencoder's sizes; the defaults are the paper's.
+
+    Args:
+        dim: d, the latent's width and the bits a token.
+        base_width: width of the first level.
+        multipliers: width of each level over the base width; each level after the first halves height and width, and the last two halve
+            time as well.
+        blocks: residual blocks a level in the encoder; the decoder has one more.
+        patch: side of the pixel patches that enter as channels (1: plain pixels). patch * 2^(levels - 1) must be 16.
+        temporal_kernel: k_t of the convolutions.
+    """
+
+    dim: int = 48
+    base_width: int = 128
+    multipliers: tuple[int, ...] = (1, 2, 4, 4, 4)
+    blocks: int = 2
+    patch: int = 1
+    temporal_kernel: int = 3
+
+    def __post_init__(self) -> None:
+        if self.patch * 2 ** (len(self.multipliers) - 1) != SPATIAL_COMPRESSION or len(self.multipliers) < 3:
+            raise UserError(
+                f"patch {self.patch} and {len(self.multipliers)} levels compress space {self.patch * 2 ** (len(self.multipliers) - 1)}-fold: "
+                "choose patch 1 with 5 levels, 2 with 4, or 4 with 3 (16-fold)."
+            )
+        if self.base_width % min(32, self.base_width):
+            raise UserError(f"base_width {self.base_width} does not divide into 32 groups: choose a multiple of 32.")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of each level."""
+        return tuple(self.base_width * multiplier for multiplier in self.multipliers)
+
+    def halves_time(self, level: int) -> bool:
+        """Does the step between `level` and `level + 1` halve time?"""
+        return level >= len(self.multipliers) - 3
+
+
+class _Level(nn.Module):
+    def __init__(self, widths: list[int], temporal_kernel: int):
+        super().__init__()
+        self.block = nn.ModuleList(ResidualBlock(a, b, temporal_kernel) for a, b in zip(widths, widths[1:]))
+        self.downsample: Downsample | None = None
+        self.upsample: Upsample | None = None
+
+    def forward(self, features: Tensor) -> Tensor:
+        for block in self.block:
+            features = block(features)
+        for resample in (self.downsample, self.upsample):
+            if resample is not None:
+                features = resample(features)
+        return features
+
+
+class _Middle(nn.Module):
+    def __init__(self, width: int, temporal_kernel: int):
+        super().__init__()
+        self.block_1 = ResidualBlock(width, width, temporal_kernel)
+        self.block_2 = ResidualBlock(width, width, temporal_kernel)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.block_2(self.block_1(features))
+
+
+class Encoder(nn.Module):
+    """Video [B, 3, 1+4n, 16H, 16W] in [-1, 1] -> latent [B, d, 1+n, H, W]."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        widths, kernel = config.widths, config.temporal_kernel
+        self.patch = config.patch
+        self.conv_in = CausalConv3d(3 * config.patch**2, widths[0], temporal_kernel=kernel)
+        self.down = nn.ModuleList()
+        for index, width in enumerate(widths):
+            level = _Level([widths[max(index - 1, 0)]] + [width] * config.blocks, kernel)
+            if index < len(widths) - 1:
+                level.downsample = Downsample(width, config.halves_time(index), kernel)
+            self.down.append(level)
+        self.mid = _Middle(widths[-1], kernel)
+        self.norm_out = FrameNorm(widths[-1])
+        self.conv_out = CausalConv3d(widths[-1], config.dim, temporal_kernel=kernel)
+
+    def forward(self, video: Tensor) -> Tensor:
+        batch, _, frames = video.shape[:3]
+        # [B, 3, T, H, W] -> [B * T, 3 p^2, H / p, W / p] -> [B, 3 p^2, T, H / p, W / p]
+        pixels = F.pixel_unshuffle(video.transpose(1, 2).flatten(0, 1), self.patch).unflatten(0, (batch, frames)).transpose(1, 2)
+        features = self.conv_in(pixels.contiguous(memory_format=torch.channels_last_3d))
+        for level in self.down:
+            features = level(features)
+        return self.conv_out(F.silu(self.norm_out(self.mid(features))))
+
+
+class Decoder(nn.Module):
+    """Latent [B, d, 1+n, H, W] -> video [B, 3, 1+4n, 16H, 16W], not clamped. `up.0` is the finest level."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        widths, kernel = config.widths, config.temporal_kernel
+        self.patch = config.patch
+        self.conv_in = CausalConv3d(config.dim, widths[-1], temporal_kernel=kernel)
+        self.mid = _Middle(widths[-1], kernel)
+        self.up = nn.ModuleList()
+        for index, width in enumerate(widths):
+            level = _Level([widths[min(index + 1, len(widths) - 1)]] + [width] * (config.blocks + 1), kernel)
+            if index > 0:
+                level.upsample = Upsample(width, config.halves_time(index - 1), kernel)
+            self.up.append(level)
+        self.norm_out = FrameNorm(widths[0])
+        self.conv_out = CausalConv3d(widths[0], 3 * config.patch**2, temporal_kernel=kernel)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        features = self.mid(self.conv_in(latent.contiguous(memory_format=torch.channels_last_3d)))
+        for level in reversed(self.up):
+            features = level(features)
+        pixels = self.conv_out(F.silu(self.norm_out(features)))
+        batch, _, frames = pixels.shape[:3]
+        # [B, 3 p^2, T, H, W] -> [B * T, 3, p H, p W] -> [B, 3, T, p H, p W]
+        return F.pixel_shuffle(pixels.transpose(1, 2).flatten(0, 1), self.patch).unflatten(0, (batch, frames)).transpose(1, 2)

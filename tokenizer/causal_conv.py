@@ -1,0 +1,103 @@
+"""Causal building blocks of the autoencoder: nothing here lets a frame see a later one (DESIGN section 2, Tokenizer).
+
+All tensors are [B, C, T, H, W]. Before the first frame time is padded with copies of it, so that an image is a still clip.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class CausalConv3d(nn.Conv3d):
+    """A 3-D convolution whose output frame t depends on input frames up to t (up to stride * t when it strides over time).
+
+    Args:
+        in_channels, out_channels: widths.
+        kernel: spatial kernel size k; `same` padding unless it strides over space.
+        temporal_kernel: k_t.
+        stride: (time, space) strides; a spatial stride of 2 pads one pixel right and below, as the Infinity tokenizers do.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, temporal_kernel: int = 3, stride: tuple[int, int] = (1, 1)):
+        side = kernel // 2 if stride[1] == 1 else 0
+        super().__init__(
+            in_channels,
+            out_channels,
+            (temporal_kernel, kernel, kernel),
+            stride=(stride[0], stride[1], stride[1]),
+            padding=(0, side, side),
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> [B, C', 1 + (T - 1) / stride_t, H / stride, W / stride]."""
+        if self.stride[1] > 1:
+            input = F.pad(input, (0, 1, 0, 1))
+        lead = self.kernel_size[0] - 1
+        if lead:
+            first = input[:, :, :1].expand(-1, -1, lead, -1, -1)
+            input = torch.cat([first, input], dim=2)
+        return super().forward(input)
+
+
+class FrameNorm(nn.GroupNorm):
+    """GroupNorm with statistics of each frame by itself: temporal statistics would let a frame see later ones."""
+
+    def __init__(self, channels: int, groups: int = 32):
+        super().__init__(min(groups, channels), channels, eps=1e-6)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> the same shape."""
+        frames = input.transpose(1, 2).flatten(0, 1)  # [B, C, T, H, W] -> [B * T, C, H, W]
+        return super().forward(frames).unflatten(0, (input.shape[0], input.shape[2])).transpose(1, 2)
+
+
+class ResidualBlock(nn.Module):
+    """norm, SiLU, convolution, twice, beside a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, temporal_kernel: int = 3):
+        super().__init__()
+        self.norm1 = FrameNorm(in_channels)
+        self.conv1 = CausalConv3d(in_channels, out_channels, temporal_kernel=temporal_kernel)
+        self.norm2 = FrameNorm(out_channels)
+        self.conv2 = CausalConv3d(out_channels, out_channels, temporal_kernel=temporal_kernel)
+        self.nin_shortcut = (
+            CausalConv3d(in_channels, out_channels, kernel=1, temporal_kernel=1) if in_channels != out_channels else nn.Identity()
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> [B, C', T, H, W]."""
+        hidden = self.conv1(F.silu(self.norm1(features)))
+        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        return self.nin_shortcut(features) + hidden
+
+
+class Downsample(nn.Module):
+    """Halves height and width and, by option, time: T = 1 + 2m -> 1 + m."""
+
+    def __init__(self, channels: int, temporal: bool, temporal_kernel: int = 3):
+        super().__init__()
+        self.conv = CausalConv3d(channels, channels, temporal_kernel=temporal_kernel, stride=(2 if temporal else 1, 2))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> [B, C, T or 1 + (T - 1) / 2, H / 2, W / 2]."""
+        return self.conv(features)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width and, by option, time (1 + m -> 1 + 2m: every frame but the first twice), then a convolution."""
+
+    def __init__(self, channels: int, temporal: bool, temporal_kernel: int = 3):
+        super().__init__()
+        self.temporal = temporal
+        self.conv = CausalConv3d(channels, channels, temporal_kernel=temporal_kernel)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> [B, C, T or 1 + 2 (T - 1), 2 H, 2 W]."""
+        if self.temporal and features.shape[2] > 1:
+            rest = features[:, :, 1:].repeat_interleave(2, dim=2)
+            features = torch.cat([features[:, :, :1], rest], dim=2)
+        frames = features.transpose(1, 2).flatten(0, 1)  # [B, C, T, H, W] -> [B * T, C, H, W]
+        frames = F.interpolate(frames, scale_factor=2.0, mode="nearest")
+        return self.conv(frames.unflatten(0, (features.shape[0], features.shape[2])).transpose(1, 2))

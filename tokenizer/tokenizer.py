@@ -1,0 +1,149 @@
+"""The video tokenizer: autoencoder and quantiser together, as one saved thing that other rooms load."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tokenizer.autoencoder import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, AutoencoderConfig, Decoder, Encoder
+from tokenizer.codes import Codes
+from tokenizer.errors import UserError
+from tokenizer.quantizer import MultiScaleQuantizer
+from tokenizer.resample import DownMode
+from tokenizer.scales import ScaleSchedule
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """What a tokenizer is.
+
+    Args:
+        autoencoder: its sizes.
+        num_scales: K on the largest grid; a smaller grid takes as many as it holds.
+        residual_down: how residuals come to a scale's grid, "area" or "bilinear".
+    """
+
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    num_scales: int = 6
+    residual_down: DownMode = "area"
+
+
+class VideoTokenizer(nn.Module):
+    """Video <-> codes.
+
+    Args:
+        config: the sizes.
+    """
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config.autoencoder)
+        self.decoder = Decoder(config.autoencoder)
+        self.quantizer = MultiScaleQuantizer(config.autoencoder.dim, config.residual_down)
+        # convolutions over [B, T, H, W, C] memory are up to twice as fast on CPUs, and what tensor cores want
+        self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+
+    def schedule_for(self, height: int, width: int) -> ScaleSchedule:
+        """The scale schedule of frames of height x width pixels.
+
+        Raises:
+            UserError: a side is not a multiple of 16.
+        """
+        for name, side in (("height", height), ("width", width)):
+            if side < SPATIAL_COMPRESSION or side % SPATIAL_COMPRESSION:
+                raise UserError(f"the frame {name} {side} is not a multiple of {SPATIAL_COMPRESSION}: resize or crop the video.")
+        grid = (height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION)
+        return ScaleSchedule.for_grid(*grid, num_scales=min(self.config.num_scales, max(grid)))
+
+    def encode_latent(self, video: Tensor) -> Tensor:
+        """Video [B, 3, 1+4n, H, W] in [-1, 1] -> latent [B, d, 1+n, H/16, W/16].
+
+        Raises:
+            UserError: the number of frames is not 1+4n, or a side is not a multiple of 16.
+        """
+        check_num_frames(video.shape[2])
+        self.schedule_for(*video.shape[-2:])
+        return self.encoder(video)
+
+    def decode_latent(self, latent: Tensor) -> Tensor:
+        """Latent [B, d, 1+n, H, W] -> video [B, 3, 1+4n, 16H, 16W], clamped to [-1, 1]."""
+        return self.decoder(latent).clamp(-1, 1)
+
+    @torch.no_grad()
+    def encode(self, video: Tensor, schedule: ScaleSchedule | None = None) -> Codes:
+        """Video [B, 3, 1+4n, H, W] in [-1, 1] -> Codes.
+
+        Args:
+            video: the clips; one frame is an image.
+            schedule: None: `schedule_for` the frames' size.
+        """
+        latent = self.encode_latent(video)
+        return self.quantizer.quantize(latent, schedule or self.schedule_for(*video.shape[-2:]))
+
+    @torch.no_grad()
+    def decode(self, codes: Codes) -> Tensor:
+        """Codes -> video [B, 3, 1+4n, 16H, 16W] in [-1, 1]."""
+        parameter = next(self.decoder.parameters())
+        return self.decode_latent(self.quantizer.dequantize(codes).to(parameter))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of configuration and weights: codes of one tokenizer mean nothing to another. Freeze the weights before asking."""
+        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes config.json and model.safetensors; the configuration comes last, so that half a save is not taken for whole."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        weights = directory / f".{uuid.uuid4().hex}.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, weights)
+        os.replace(weights, directory / "model.safetensors")
+        config = directory / f".{uuid.uuid4().hex}.json"
+        config.write_text(json.dumps(asdict(self.config) | {"fingerprint": self.fingerprint}, indent=2))
+        os.replace(config, directory / "config.json")
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, device: str | torch.device = "cpu") -> VideoTokenizer:
+        """Reads what `save_pretrained` wrote.
+
+        Raises:
+            UserError: a file is missing or damaged, or the weights do not fit the configuration.
+        """
+        directory = Path(directory)
+        for name in ("config.json", "model.safetensors"):
+            if not (directory / name).is_file():
+                raise UserError(f"{directory} holds no tokenizer: {name} is missing; train one with `videoar tokenizer train` or name another folder.")
+        try:
+            content = json.loads((directory / "config.json").read_text())
+            fingerprint = content.pop("fingerprint", None)
+            autoencoder = content.pop("autoencoder")
+            autoencoder["multipliers"] = tuple(autoencoder["multipliers"])
+            tokenizer = cls(TokenizerConfig(autoencoder=AutoencoderConfig(**autoencoder), **content))
+            tokenizer.load_state_dict(load_file(directory / "model.safetensors"))
+        except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"the tokenizer in {directory} can't be read ({' '.join(str(error).split())[:200]}): train or copy it again.") from error
+        if fingerprint and fingerprint != tokenizer.fingerprint:
+            raise UserError(f"the weights in {directory} are not those that its config.json was written with: copy the tokenizer again.")
+        return tokenizer.to(device).eval()
+
+
+def check_num_frames(num_frames: int) -> None:
+    """Raises UserError unless num_frames is 1 + 4n."""
+    if num_frames < 1 or (num_frames - 1) % TEMPORAL_COMPRESSION:
+        below = max(1, num_frames - (num_frames - 1) % TEMPORAL_COMPRESSION)
+        raise UserError(f"{num_frames} frames are not 1+4n: take {below} or {below + TEMPORAL_COMPRESSION} frames.")
