@@ -1,0 +1,351 @@
+"""Raw shards -> decoded clips: which moments of a video a clip shows, and batches of clips for the tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from data_pipelines.decode import TOLERANCE, DecodeError, Decoder, choose_decoder
+from data_pipelines.random_access import ShardFolder
+from tokenizer.errors import UserError
+from tokenizer.progress import track
+from tokenizer.train import BatchSpec
+
+Start = Literal["centre", "random"]
+
+
+class ClipTooShort(DecodeError):
+    """A video does not last as long as the clip that was asked for."""
+
+
+def check_clip_shape(num_frames: int, height: int, width: int) -> None:
+    """The tokenizer takes clips of 1+4n frames whose sides are multiples of 16.
+
+    Raises:
+        UserError: this clip is none.
+    """
+    if num_frames < 1 or num_frames % 4 != 1:
+        raise UserError(f"a clip of {num_frames} frames can't be encoded: give 1, 5, 9, ... (1 + 4n) frames.")
+    if min(height, width) < 16 or height % 16 or width % 16:
+        raise UserError(f"frames of {height}x{width} pixels can't be encoded: both sides must be multiples of 16.")
+
+
+def sample_times(
+    timestamps: np.ndarray,
+    fps: float | None,
+    num_frames: int,
+    start: Start = "centre",
+    generator: np.random.Generator | None = None,
+) -> np.ndarray:
+    """The moments that a clip shows.
+
+    A clip starts at one of the video's own frames; by timestamps, because the average rate means nothing where frames are
+    not evenly spaced.
+
+    Args:
+        timestamps: seconds of all frames of the video, ascending, [frames].
+        fps: frames a second of the clip; None: every frame of the video.
+        num_frames: 1+4n.
+        start: "centre" (the clip's middle is the video's) or "random" (any start that fits).
+        generator: for "random".
+
+    Returns:
+        float64 [num_frames], seconds on the video's clock.
+
+    Raises:
+        UserError: `num_frames` is not 1+4n, or the rate is not positive.
+        ClipTooShort: the video ends before the clip.
+    """
+    check_clip_shape(num_frames, 16, 16)
+    if fps is not None and fps <= 0:
+        raise UserError(f"a rate of {fps} frames a second is impossible: give a positive one.")
+    if fps is None:
+        starts = len(timestamps) - num_frames + 1
+    else:
+        span = (num_frames - 1) / fps
+        starts = int(np.searchsorted(timestamps, timestamps[-1] - span + TOLERANCE, side="right"))
+    if starts < 1:
+        rate = "" if fps is None else f" at {fps:g} frames a second"
+        raise ClipTooShort(f"{len(timestamps)} frames are too few for {num_frames}{rate}")
+    if start == "random":
+        if generator is None:
+            raise ValueError("a random start needs a generator")
+        first = int(generator.integers(starts))
+    elif fps is None:
+        first = (starts - 1) // 2
+    else:
+        middle = (timestamps[0] + timestamps[starts - 1]) / 2
+        first = int(np.searchsorted(timestamps[:starts], middle + TOLERANCE, side="right")) - 1
+    if fps is None:
+        return np.asarray(timestamps[first : first + num_frames], dtype=np.float64)
+    # the last moment may lie a rounding error past the last frame
+    return np.minimum(timestamps[first] + np.arange(num_frames) / fps, timestamps[-1])
+
+
+def read_clip(
+    record: dict[str, Any],
+    decoder: Decoder,
+    num_frames: int,
+    height: int,
+    width: int,
+    fps: float | None = None,
+    start: Start = "centre",
+    generator: np.random.Generator | None = None,
+) -> np.ndarray:
+    """Decodes one clip of a raw record; arguments as in `sample_times` and `Decoder.decode`.
+
+    Returns:
+        uint8 [num_frames, height, width, 3].
+
+    Raises:
+        UserError: an impossible shape.
+        DecodeError: this record can't give such a clip.
+    """
+    check_clip_shape(num_frames, height, width)
+    times = sample_times(record["timestamps"], fps, num_frames, start, generator)
+    return decoder.decode(record["video"], times, height, width)
+
+
+class ClipDataset(torch.utils.data.Dataset):
+    """The clips of a folder of raw shards, decoded as they are asked for.
+
+    Item i is {"video": uint8 [3, T, H, W], "caption": str, "source": str, "class_id": int, "sample_index": i,
+    "replaced": int}, a pure function of (seed, epoch, i). A record that can't be decoded is replaced by the next one, so
+    that counts of samples stay true; `replaced` says how many were passed over, which a training loop adds up.
+
+    Args:
+        path: the folder, or a URL that streaming can download from.
+        num_frames: 1+4n.
+        size: height and width, multiples of 16; one number for a square.
+        fps: frames a second of the clips; None: every frame of the video.
+        start: where in its video a clip starts.
+        seed: of random starts.
+        decoder: see `choose_decoder`.
+        cache: a local folder for a remote folder's shards.
+
+    Raises:
+        UserError: an impossible shape, or no shards; while reading, a shard that is missing or damaged, or no record that
+            can be decoded.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        num_frames: int,
+        size: int | tuple[int, int],
+        fps: float | None = None,
+        start: Start = "random",
+        seed: int = 0,
+        decoder: str = "auto",
+        cache: str | Path | None = None,
+    ):
+        self.num_frames, self.fps, self.seed = num_frames, fps, seed
+        self.start: Start = start
+        self.height, self.width = (size, size) if isinstance(size, int) else size
+        check_clip_shape(num_frames, self.height, self.width)
+        self.epoch = 0
+        self.shards = ShardFolder(path, cache)
+        self.decoder = choose_decoder(decoder)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Other random starts from now on; with worker processes call it before they start."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"clip {index} of {len(self)}")
+        shape = BatchSpec(self.num_frames, self.height, 1)
+        frames, record, replaced = self.read(index, (self.seed, self.epoch, index), shape, self.width)
+        return {
+            "video": torch.from_numpy(frames).permute(3, 0, 1, 2).contiguous(),  # [3, T, H, W]
+            "caption": record["caption"],
+            "source": record["source"],
+            "class_id": int(record["class_id"]),
+            "sample_index": index,
+            "replaced": replaced,
+        }
+
+    def read(
+        self, index: int, key: Sequence[int], shape: BatchSpec, width: int | None = None
+    ) -> tuple[np.ndarray, dict[str, Any], int]:
+        """Record `index`, or the first after it that can be decoded.
+
+        Args:
+            index: of the record.
+            key: of the random start.
+            shape: frames and height of the clip.
+            width: the height if None.
+
+        Returns:
+            uint8 [T, H, W, 3], the record, and how many records were passed over.
+        """
+        reason = ""
+        for replaced in range(len(self)):
+            record = self.shards[(index + replaced) % len(self)]
+            generator = np.random.default_rng([*key, replaced])
+            try:
+                frames = read_clip(
+                    record,
+                    self.decoder,
+                    shape.num_frames,
+                    shape.size,
+                    width or shape.size,
+                    self.fps,
+                    self.start,
+                    generator,
+                )
+            except DecodeError as error:
+                reason = f"{record['source']}: {error}"
+                continue
+            return frames, record, replaced
+        raise UserError(
+            f"no clip of {self.shards.path} gives {shape.num_frames} frames (the last one, {reason}): "
+            "ask for fewer frames or a higher rate, or give longer videos."
+        )
+
+
+@dataclass(frozen=True)
+class Clips:
+    """A whole split in memory.
+
+    Attributes:
+        frames: uint8 [N, T, H, W, 3].
+        captions, sources: one a clip.
+        class_ids: -1: no class.
+        dropped: (source, reason) of records that gave no clip.
+    """
+
+    frames: np.ndarray
+    captions: list[str]
+    sources: list[str]
+    class_ids: list[int]
+    dropped: list[tuple[str, str]]
+
+
+def load_clips(
+    shards: str | Path,
+    num_frames: int,
+    size: int | tuple[int, int],
+    fps: float | None = None,
+    limit: int | None = None,
+    decoder: str = "auto",
+) -> Clips:
+    """Decodes a split once, the middle of each video.
+
+    Args:
+        shards: a folder of raw shards.
+        num_frames, size, fps, decoder: as in `ClipDataset`.
+        limit: the first so many records only.
+
+    Raises:
+        UserError: as in `ClipDataset`.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    check_clip_shape(num_frames, height, width)
+    folder, back_end = ShardFolder(shards), choose_decoder(decoder)
+    count = len(folder) if limit is None else min(limit, len(folder))
+    frames = np.empty((count, num_frames, height, width, 3), dtype=np.uint8)
+    kept: list[dict[str, Any]] = []
+    dropped: list[tuple[str, str]] = []
+    for row in track(range(count), f"decoding {Path(shards).name}"):
+        record = folder[row]
+        try:
+            frames[len(kept)] = read_clip(record, back_end, num_frames, height, width, fps)
+            kept.append({key: record[key] for key in ("caption", "source", "class_id")})
+        except DecodeError as error:
+            dropped.append((record["source"], str(error)))
+    if not kept:
+        raise UserError(
+            f"no clip of {shards} gives {num_frames} frames ({': '.join(dropped[0]) if dropped else 'it is empty'}): "
+            "ask for fewer frames or a higher rate, or give longer videos."
+        )
+    return Clips(
+        frames[: len(kept)],
+        [record["caption"] for record in kept],
+        [record["source"] for record in kept],
+        [int(record["class_id"]) for record in kept],
+        dropped,
+    )
+
+
+class ClipBatches:
+    """The batches of a tokenizer's training; batch i is a pure function of (seed, i, its shape).
+
+    Args:
+        source: clips in memory, uint8 [N, T, H, W, 3], or a dataset that decodes them.
+        seed: of clips and starts.
+        rank, world_size: this process's share of each batch among data-parallel ones; `BatchSpec.batch_size` is one
+            process's.
+        workers: threads that decode, for a dataset.
+    """
+
+    def __init__(
+        self, source: np.ndarray | Clips | ClipDataset, seed: int, rank: int = 0, world_size: int = 1, workers: int = 1
+    ):
+        self.source = source.frames if isinstance(source, Clips) else source
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.replaced = 0  # records that were passed over so far
+        self._pool = ThreadPoolExecutor(max(1, workers))
+
+    def __call__(self, step: int, spec: BatchSpec) -> Tensor:
+        """The batch of one step, float32 [B, 3, T, H, W] in [-1, 1].
+
+        Raises:
+            UserError: an impossible shape, or clips that are shorter.
+        """
+        check_clip_shape(spec.num_frames, spec.size, spec.size)
+        count = len(self.source)
+        generator = np.random.default_rng([self.seed, step])
+        wanted = spec.batch_size * self.world_size
+        # all different where there are enough; every process draws the whole batch and takes its part
+        chosen = generator.choice(count, wanted, replace=wanted > count)
+        places = range(self.rank * spec.batch_size, (self.rank + 1) * spec.batch_size)
+        if isinstance(self.source, ClipDataset):
+            clips = self._decode(self.source, step, spec, chosen, places)
+        else:
+            clips = self._cut(self.source, step, spec, chosen, places)
+        video = torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1  # [B, 3, T, H, W]
+        return _resize(video, spec.size).contiguous()
+
+    def _decode(
+        self, dataset: ClipDataset, step: int, spec: BatchSpec, chosen: np.ndarray, places: range
+    ) -> np.ndarray:
+        read = self._pool.map(lambda p: dataset.read(int(chosen[p]), (self.seed, step, p), spec), places)
+        clips = []
+        for frames, _, replaced in read:
+            clips.append(frames)
+            self.replaced += replaced
+        return np.stack(clips)
+
+    def _cut(self, clips: np.ndarray, step: int, spec: BatchSpec, chosen: np.ndarray, places: range) -> np.ndarray:
+        spare = clips.shape[1] - spec.num_frames
+        if spare < 0:
+            raise UserError(
+                f"batches of {spec.num_frames} frames can't be cut from clips of {clips.shape[1]}: ask for fewer."
+            )
+        cut = []
+        for place in places:
+            first = int(np.random.default_rng([self.seed, step, place]).integers(spare + 1))
+            cut.append(clips[chosen[place], first : first + spec.num_frames])
+        return np.stack(cut)
+
+
+def _resize(video: Tensor, size: int) -> Tensor:
+    """[B, 3, T, H, W] to H = W = size, with antialiasing."""
+    if video.shape[-2:] == (size, size):
+        return video
+    batch, _, frames = video.shape[:3]
+    flat = video.transpose(1, 2).flatten(0, 1)  # [B * T, 3, H, W]
+    flat = functional.interpolate(flat, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    return flat.unflatten(0, (batch, frames)).transpose(1, 2).clamp(-1, 1)
