@@ -1,0 +1,216 @@
+"""Code shards: what a record and a manifest hold, and the dataset that reads them (DESIGN section 5).
+
+A folder of code shards holds `index.json` (streaming's), `codes.json` (the manifest; written last, so a folder without it
+is not finished) and one sub-folder for each raw shard. Record of a clip:
+
+    packed    bytes  bits of all scales in sequence order, d/8 bytes a token
+    latent    bytes  float16 [T, d, H, W], only where the manifest says so; the bits are exactly those of this latent
+    text      bytes  float16 [n, text_dim], features of the caption
+    caption, source  str
+    class_id  int    -1: none
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from streaming.base.storage import CloudDownloader
+from torch import Tensor
+
+from data_pipelines.random_access import ShardFolder
+from tokenizer.codes import pack_tokens, unpack_tokens
+from tokenizer.errors import UserError
+from tokenizer.scales import ScaleSchedule
+
+MANIFEST = "codes.json"
+FORMAT = 1
+COLUMNS = {"packed": "bytes", "text": "bytes", "caption": "str", "source": "str", "class_id": "int"}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What all records of a folder have in common.
+
+    Args:
+        fingerprint: of the tokenizer that made the codes.
+        schedule: the grids of the scales, as lists.
+        num_frames: T, latent frames a clip.
+        dim: d, bits a token.
+        clip_frames: video frames a clip, 1 + 4 (T - 1).
+        height, width: of the frames, in pixels.
+        fps: the rate that clips were sampled at; None: each video's own.
+        text_encoder: the text encoder's specification, such as "bytes".
+        text_fingerprint: changes when its features change.
+        text_dim: width of the text features.
+        has_latents: records hold latents.
+        rows: records in all shards.
+        dead: clips that could not be encoded (listed in `dead_letter.jsonl`).
+        num_classes: classes of the raw shards, 0 where there are none.
+        format: of the records.
+    """
+
+    fingerprint: str
+    schedule: list[list[int]]
+    num_frames: int
+    dim: int
+    clip_frames: int
+    height: int
+    width: int
+    fps: float | None
+    text_encoder: str
+    text_fingerprint: str
+    text_dim: int
+    has_latents: bool
+    rows: int
+    dead: int
+    num_classes: int = 0
+    format: int = FORMAT
+
+    @property
+    def scale_schedule(self) -> ScaleSchedule:
+        """`schedule` as the object."""
+        return ScaleSchedule.from_list(self.schedule)
+
+    def to_json(self) -> str:
+        """The manifest's file content."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Manifest:
+        """Reads a folder's manifest.
+
+        Raises:
+            UserError: it is missing, of another format, or damaged.
+        """
+        file = Path(folder) / MANIFEST
+        if not file.is_file():
+            raise UserError(f"{folder} holds no finished code shards: {MANIFEST} is missing; run `videoar encode` to its end.")
+        try:
+            content = json.loads(file.read_text())
+            if content["format"] != FORMAT:
+                raise UserError(f"{file} has format {content['format']}, this program reads {FORMAT}: encode the clips again.")
+            return cls(**content)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file} can't be read ({str(error)[:200]}): encode the clips again.") from error
+
+
+def columns(has_latents: bool) -> dict[str, str]:
+    """The MDS columns of a code record."""
+    return COLUMNS | ({"latent": "bytes"} if has_latents else {})
+
+
+def to_record(tokens: Tensor, latent: Tensor | None, text: np.ndarray, raw: dict[str, Any]) -> dict[str, Any]:
+    """A record of one clip.
+
+    Args:
+        tokens: bool [T, N, d].
+        latent: float16 [T, d, H, W], or None.
+        text: float16 [n, text_dim].
+        raw: the clip's raw record; its caption, source and class are carried over.
+    """
+    record = {
+        "packed": pack_tokens(tokens),
+        "text": text.astype(np.float16).tobytes(),
+        "caption": raw["caption"],
+        "source": raw["source"],
+        "class_id": int(raw["class_id"]),
+    }
+    if latent is not None:
+        record["latent"] = latent.contiguous().numpy().tobytes()
+    return record
+
+
+class CodeDataset(torch.utils.data.Dataset):
+    """The clips of one folder of code shards.
+
+    Item i is {"tokens": bool [T, N, d], "latent": float32 [T, d, H, W] or None, "text": float32 [n, text_dim],
+    "caption": str, "source": str, "class_id": int, "sample_index": i}.
+
+    Args:
+        path: the folder, or a URL.
+        expected_fingerprint: of the tokenizer in use; None: any.
+        num_frames: T; only the first T latent frames are given (by causality they are the code of the clip's first
+            1 + 4 (T - 1) frames). None: all.
+        cache: where a remote folder's shards are kept.
+
+    Raises:
+        UserError: the folder is not finished, codes are another tokenizer's, or clips have fewer frames.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        expected_fingerprint: str | None = None,
+        num_frames: int | None = None,
+        cache: str | Path | None = None,
+    ):
+        self.path = str(path)
+        self.manifest = _fetch_manifest(self.path, cache)
+        if expected_fingerprint is not None and self.manifest.fingerprint != expected_fingerprint:
+            raise UserError(
+                f"the codes in {path} were made by the tokenizer {self.manifest.fingerprint}, not by {expected_fingerprint}: "
+                "encode the clips again with this tokenizer, or name the codes that it made."
+            )
+        self.num_frames = self.manifest.num_frames if num_frames is None else num_frames
+        if not 1 <= self.num_frames <= self.manifest.num_frames:
+            raise UserError(
+                f"{path} holds clips of {self.manifest.num_frames} latent frames, {num_frames} were asked for: "
+                "ask for fewer, or encode longer clips."
+            )
+        self.schedule = self.manifest.scale_schedule
+        self.shards = ShardFolder(path, cache)
+        if len(self.shards) != self.manifest.rows:
+            raise UserError(
+                f"the index of {path} lists {len(self.shards)} clips where {MANIFEST} says {self.manifest.rows}: encode the clips again."
+            )
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        record, manifest = self.shards[row], self.manifest
+        tokens = unpack_tokens(record["packed"], manifest.num_frames, self.schedule, manifest.dim)
+        latent = None
+        if manifest.has_latents:
+            shape = (manifest.num_frames, manifest.dim, *self.schedule.grid)
+            latent = _floats(record["latent"]).reshape(shape)[: self.num_frames]  # [T, d, H, W]
+        return {
+            "tokens": tokens[: self.num_frames],
+            "latent": latent,
+            "text": _floats(record["text"]).reshape(-1, manifest.text_dim),
+            "caption": record["caption"],
+            "source": record["source"],
+            "class_id": record["class_id"],
+            "sample_index": row,
+        }
+
+
+def _floats(stored: bytes) -> Tensor:
+    # the copy to float32 also detaches the tensor from the record's read-only bytes
+    return torch.from_numpy(np.frombuffer(stored, dtype=np.float16).astype(np.float32))
+
+
+def _fetch_manifest(path: str, cache: str | Path | None) -> Manifest:
+    if cache is None:
+        return Manifest.read(path)
+    local = Path(cache) / MANIFEST
+    local.parent.mkdir(parents=True, exist_ok=True)
+    remote = f"{path.rstrip('/')}/{MANIFEST}"
+    try:
+        # always anew: a cache that another set of codes has filled must not answer for this one
+        part = local.with_name(f".{MANIFEST}.{uuid.uuid4().hex}")
+        CloudDownloader.get(path).download(remote, str(part), 300)
+        if local.is_file() and local.read_bytes() != part.read_bytes():
+            part.unlink()
+            raise UserError(f"the cache {cache} holds other codes than {path}: empty it or name another cache folder.")
+        os.replace(part, local)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{remote} can't be fetched ({str(error)[:200]}): check the address and that encoding has finished.") from error
+    return Manifest.read(cache)
