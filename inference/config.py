@@ -129,7 +129,7 @@ class ModelConfig:
         schedule = self.schedule if schedule is None else schedule
         if schedule.num_scales > self.max_scales:
             raise UserError(
-                f"a schedule of {schedule.num_scales} scales exceeds the model's max_scales = {self.max_scales}: use fewer."
+                f"a schedule of {schedule.num_scales} scales exceeds max_scales = {self.max_scales}: use fewer."
             )
         frames = self.num_frames if num_frames is None else num_frames
         return SequenceLayout(schedule, frames, self.text_length, self.context_block, multiple)
@@ -160,7 +160,7 @@ class ModelConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise UserError(f"the model configuration has the unknown key '{unknown[0]}': another version wrote it.")
+            raise UserError(f"the model configuration has an unknown key '{unknown[0]}': export it again.")
         try:
             return cls(**{**values, "scales": tuple(tuple(grid) for grid in values["scales"])})
         except (KeyError, TypeError) as error:

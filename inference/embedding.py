@@ -62,7 +62,7 @@ class InputEmbedding(nn.Module):
         return torch.cat([condition, video, padding], dim=1)
 
     def embed_text(self, text: Tensor, drop_condition: Tensor | None = None) -> Tensor:
-        """Features [B, L, text_dim] or class ids [B] -> [B, L, h]. A dropped clip takes the null sequence's first rows."""
+        """Features [B, L, text_dim] or class ids [B] -> [B, L, h]. A dropped clip takes the null text's rows."""
         if self.num_classes:
             ids = text if drop_condition is None else torch.where(drop_condition, self.num_classes, text)
             return self.class_embedding[ids][:, None]  # [B, h] -> [B, 1, h]

@@ -126,6 +126,8 @@ class VideoARTransformer(nn.Module):
         """All blocks, [B, n, h] -> [B, n, h]. With a cache, the n tokens are added to it and see all that is in it."""
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, rotary, mask, cache, index)
+        if cache is not None:
+            cache.advance(hidden.shape[1])
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Multi-scale temporal rotary embedding (Eq. 7): each pair keeps its native frequency and belongs to one of three axes."""
+"""Multi-scale temporal rotary embedding (Eq. 7): each pair keeps its native frequency and belongs to one axis."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float = 10000.0) -> T
         float32 [B, S, D/2].
     """
     device = positions.device
-    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)  # [D/2]
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)  # [D/2]
     axis = torch.tensor(["thw".index(AXES[pair % len(AXES)]) for pair in range(head_dim // 2)], device=device)
     return positions.float()[..., axis] * frequencies
 

@@ -104,7 +104,8 @@ class T5TextEncoder:
 
         words = self._tokenizer(caption, return_tensors="pt").to(self.device)
         with torch.no_grad():
-            return self._model(**words).last_hidden_state[0].float().cpu().numpy()
+            hidden = self._model(input_ids=words.input_ids, attention_mask=words.attention_mask)
+        return hidden.last_hidden_state[0].float().cpu().numpy()
 
 
 def text_encoder(spec: str, dim: int, device: str = "cpu") -> TextEncoder:

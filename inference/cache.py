@@ -1,0 +1,149 @@
+"""Cached decoding: the transformer one block at a time, with the keys and values of everything before it kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from inference.config import ModelConfig
+from inference.model import VideoARTransformer
+from inference.rope import rotate
+from tokenizer.sequence import SequenceLayout
+
+
+class KeyValueCache:
+    """Preallocated keys and values of all layers: text first, then frames.
+
+    What is visible always lies in one piece from the start, so that a block attends to it without a mask. With a window
+    of w frames the first w places are a ring of earlier frames and the frame under way stands behind them; keys carry
+    their positions already, so their order does not matter.
+
+    Args:
+        config: the network.
+        layout: the sequence; its text length is the cached one.
+        window: w, earlier frames that stay visible; None: all.
+        batch: clips.
+        like: a weight, for device and dtype.
+    """
+
+    def __init__(self, config: ModelConfig, layout: SequenceLayout, window: int | None, batch: int, like: Tensor):
+        self.text_length, self.frame_tokens, self.window = layout.text_length, layout.frame_tokens, window
+        places = layout.num_frames if window is None else min(layout.num_frames, window + 1)
+        capacity = layout.text_length + places * layout.frame_tokens
+        shape = (config.num_layers, batch, config.num_attention_heads, capacity, config.head_dim)
+        self.keys = like.new_empty(shape)
+        self.values = like.new_empty(shape)
+        self.length = 0
+        self.frames = 0
+        self._text_keys: Tensor | None = None
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds a layer's new keys and values [B, heads, n, D]; returns all visible ones, [B, heads, length + n, D]."""
+        end = self.length + keys.shape[2]
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, count: int) -> None:
+        """All layers have appended `count` tokens."""
+        self.length += count
+
+    def end_frame(self) -> None:
+        """The frame under way is complete: with a full window it takes the place of the oldest frame."""
+        frame, self.frames = self.frames, self.frames + 1
+        if self.window is None or frame < self.window:
+            return
+        self.length = self.text_length + self.window * self.frame_tokens
+        if self.window:
+            place = self.text_length + frame % self.window * self.frame_tokens
+            for stored in (self.keys, self.values):
+                newest = stored[:, :, :, self.length : self.length + self.frame_tokens]
+                stored[:, :, :, place : place + self.frame_tokens] = newest
+
+    def turn_text(self, cos: Tensor, sin: Tensor) -> None:
+        """Rotates the text keys, from where they were first, by the angles with cos and sin [D/2]."""
+        if self._text_keys is None:
+            self._text_keys = self.keys[:, :, :, : self.text_length].clone()
+        self.keys[:, :, :, : self.text_length] = rotate(self._text_keys, cos, sin)
+
+
+class CachedDecoder:
+    """Runs a transformer block by block in sequence order: one call a (frame, scale), and one a context block.
+
+    The logits equal the teacher-forced ones. A clip longer than the trained T runs with a window of at most T - 1 frames,
+    and past T the cached text keys move on in time with each frame, so that no distance exceeds the trained ones.
+
+    Args:
+        model: the network.
+        layout: the sequence of the clips to be decoded.
+        text: features [B, L, text_dim], or class ids [B].
+        text_lengths: |text| of each clip, [B].
+        drop_condition: clips that run without their condition, bool [B].
+        window: earlier frames that stay visible, in addition to the model's own limit; None: no further limit.
+    """
+
+    def __init__(
+        self,
+        model: VideoARTransformer,
+        layout: SequenceLayout,
+        text: Tensor,
+        text_lengths: Tensor,
+        drop_condition: Tensor | None = None,
+        window: int | None = None,
+    ):
+        longest = int(text_lengths.max())
+        self.model, self.layout = model, replace(layout, text_length=longest, multiple=1)
+        trained = model.config.num_frames
+        limits = [window, model.config.window, trained - 1 if layout.num_frames > trained else None]
+        known = [limit for limit in limits if limit is not None]
+        self.cache = KeyValueCache(
+            model.config, self.layout, min(known) if known else None, text_lengths.shape[0], model.head.weight
+        )
+        if not model.config.num_classes:
+            text = text[:, :longest]
+        self._text = model.embedding.embed_text(text, drop_condition)  # [B, L, h]
+        self._positions = model.positions(self.layout, text_lengths)  # [B, S, 3]
+        self._text_lengths = text_lengths
+        # only unequal texts leave keys that some clip must not see
+        token = torch.arange(self.layout.length, device=text.device)[None]
+        valid = (token < text_lengths[:, None]) | (token >= longest)
+        self._valid = None if bool((text_lengths == longest).all()) else valid  # [B, S]
+        self._frame = self._block = self._done = 0
+
+    def step(self, inputs: Tensor) -> Tensor:
+        """The next block's inputs [B, n, d] -> its logits, float32 [B, n, d]."""
+        layout, device = self.layout, inputs.device
+        count = inputs.shape[1]
+        frame = torch.full((count,), self._frame, device=device)
+        block = torch.full((count,), self._block, device=device)
+        hidden = self.model.embedding.embed_video(inputs, frame, block, layout.schedule.num_scales)  # [B, n, h]
+        start = layout.text_length + self._done
+        positions = self._positions[:, start : start + count]
+        mask = None if self._valid is None else self._valid[:, None, None, : self.cache.length + count]
+        if self._done == 0:
+            # the text enters together with the first block, which it must not see
+            hidden = torch.cat([self._text, hidden], dim=1)
+            positions = self._positions[:, : start + count]
+            first = replace(
+                layout, schedule=type(layout.schedule)(layout.schedule.scales[:1]), num_frames=1, context_block=False
+            )
+            mask = first.attention_mask(self._text_lengths)[:, None]
+        hidden = self.model.transform(hidden, self.model.rotary(positions), mask, self.cache)
+        self._done += count
+        self._block += 1
+        if self._block == len(layout.blocks):
+            self._next_frame()
+        return self.model.logits(hidden[:, -count:])
+
+    def _next_frame(self) -> None:
+        self.cache.end_frame()
+        self._frame, self._block = self._frame + 1, 0
+        beyond = self._frame - (self.model.config.num_frames - 1)
+        if beyond > 0 and self._frame < self.layout.num_frames:
+            text, tokens = self.layout.text_length, self.layout.frame_tokens
+            # one frame's step: (1, 0, 0), or a frame's tokens on all axes of the flat embedding
+            step = self._positions[0, text + tokens] - self._positions[0, text]  # [3]
+            cos, sin = self.model.rotary(beyond * step)
+            self.cache.turn_text(cos, sin)
