@@ -1,0 +1,173 @@
+"""The core of attention on megatron-core: three-axis rotary angles a clip, and the block-causal mask with its frame mask.
+
+One `AttentionContext` describes a microbatch. It is built once, on every pipeline stage, and travels to the layers as megatron's
+`attention_bias`, which nothing but `BlockCausalAttention` reads.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from inference.config import ModelConfig
+from inference.rope import rotary_angles
+from tokenizer.errors import UserError
+from tokenizer.sequence import SequenceLayout
+
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def choose_backend(wanted: str, device_type: str) -> str:
+    """The attention back end for a device, with the reason in the log.
+
+    Args:
+        wanted: "auto", "sdpa" or "flex".
+        device_type: "cpu" or "cuda".
+
+    Raises:
+        UserError: "flex" was demanded without a GPU.
+    """
+    if wanted == "flex" and device_type != "cuda":
+        raise UserError("attention: flex needs a GPU (FlexAttention has no backward pass on a CPU): use auto or sdpa.")
+    chosen = wanted if wanted != "auto" else ("flex" if device_type == "cuda" else "sdpa")
+    reasons = {
+        ("auto", "sdpa"): "FlexAttention has no backward pass on a CPU",
+        ("auto", "flex"): "a GPU is there, and it skips the blocks that the mask hides",
+    }
+    log.info("attention back end: %s (%s)", chosen, reasons.get((wanted, chosen), "as configured"))
+    return chosen
+
+
+@dataclass
+class AttentionContext:
+    """What attention needs to know of a microbatch.
+
+    Args:
+        cos, sin: of the rotary angles, float32 [S, B, 1, D/2].
+        mask: additive [B, 1, S, S] in the activations' dtype (sdpa), or FlexAttention's block mask.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | BlockMask
+
+    @classmethod
+    def build(
+        cls,
+        config: ModelConfig,
+        layout: SequenceLayout,
+        text_lengths: Tensor,
+        frame_mask: Tensor | None,
+        dtype: torch.dtype,
+        backend: str,
+    ) -> AttentionContext:
+        """Positions (Eq. 7) and visibility (Eq. 9) of a microbatch.
+
+        Args:
+            config: the network.
+            layout: the sequence.
+            text_lengths: |text| of each clip, int [B].
+            frame_mask: random frame mask m, bool [B, T, T]; None: all ones.
+            dtype: of the activations.
+            backend: "sdpa" or "flex".
+        """
+        positions = layout.positions(text_lengths, config.rope_scaled_spatial, flat=config.rope == "flat")
+        angles = rotary_angles(positions, config.head_dim, config.rope_theta)  # [B, S, D/2]
+        angles = angles.transpose(0, 1)[:, :, None]  # [S, B, 1, D/2]
+        if backend == "flex":
+            mask: Tensor | BlockMask = flex_mask(layout, text_lengths, frame_mask, config.window)
+        else:
+            visible = layout.attention_mask(text_lengths, frame_mask, config.window)  # [B, S, S]
+            # additive: a boolean mask would be turned into this one again in every layer
+            hidden = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+            mask = hidden[:, None]
+        return cls(angles.cos().contiguous(), angles.sin().contiguous(), mask)
+
+
+def flex_mask(layout: SequenceLayout, text_lengths: Tensor, frame_mask: Tensor | None, window: int | None) -> BlockMask:
+    """The mask of `SequenceLayout.attention_mask` as FlexAttention's block mask: no [S, S] tensor exists."""
+    device, batch, length = text_lengths.device, text_lengths.shape[0], layout.length
+    frame = torch.full((length,), -1, dtype=torch.int32, device=device)
+    block = torch.full((length,), -1, dtype=torch.int32, device=device)
+    start, stop = layout.text_length, layout.text_length + layout.video_tokens
+    frame[start:stop] = layout.frame.to(device, torch.int32)
+    block[start:stop] = layout.scale.to(device, torch.int32)
+    seen = layout.frames_visible(batch, frame_mask, window, device)  # [B, T, T]
+
+    def visible(clip: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        query_video, key_video = frame[query] >= 0, frame[key] >= 0
+        valid_key_text = key < text_lengths[clip]
+        to_text = valid_key_text & (query_video | (query < text_lengths[clip]))
+        same = (frame[query] == frame[key]) & (block[key] <= block[query])
+        earlier = seen[clip, frame[query].clamp(min=0), frame[key].clamp(min=0)]
+        return (query == key) | to_text | (query_video & key_video & (same | earlier))
+
+    return create_block_mask(visible, batch, None, length, length, device=str(device))
+
+
+class _Rotate(torch.autograd.Function):
+    """The turn of `inference.rope.rotate` without its temporaries; its backward pass is the turn back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return _turn(grad, *ctx.saved_tensors, -1), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    first, second = x.float().chunk(2, dim=-1)
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    out_first, out_second = out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=out_second).addcmul_(first, sin, value=sign)
+    return out.to(x.dtype)
+
+
+class BlockCausalAttention(torch.nn.Module):
+    """megatron's core attention: rotates queries and keys and attends under the microbatch's mask.
+
+    It takes the heads of its tensor-parallel rank and needs no knowledge of the others.
+    """
+
+    def __init__(self, config: Any, layer_number: int, **unused: Any):
+        super().__init__()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None = None,
+        attn_mask_type: Any = None,
+        attention_bias: AttentionContext | None = None,
+        packed_seq_params: None = None,
+    ) -> Tensor:
+        """Queries, keys and values [S, B, heads, D] -> [S, B, heads * D]."""
+        context = attention_bias
+        assert context is not None and packed_seq_params is None
+        query = _Rotate.apply(query, context.cos, context.sin)
+        key = _Rotate.apply(key, context.cos, context.sin)
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [B, heads, S, D]
+        if isinstance(context.mask, BlockMask):
+            out = _flex(q.device.type)(q, k, v, block_mask=context.mask)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask)
+        return out.permute(2, 0, 1, 3).flatten(2)  # type: ignore[union-attr]
+
+
+@functools.cache
+def _flex(device_type: str) -> Any:
+    # compiled it is a fused kernel; uncompiled it is a dense reference that also runs on a CPU
+    return torch.compile(flex_attention, dynamic=False) if device_type == "cuda" else flex_attention

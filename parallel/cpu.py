@@ -1,0 +1,74 @@
+"""megatron-core without CUDA: the one place where its CUDA assumptions are redirected to the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import random as megatron_random
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+def _get_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.set_rng_state(state)
+
+
+# (owner, attribute, replacement)
+_REDIRECTIONS: tuple[tuple[Any, str, Any], ...] = (
+    (torch.cuda, "current_device", lambda: CPU),
+    (torch.cuda, "synchronize", lambda *args, **kwargs: None),
+    (torch.cuda, "is_current_stream_capturing", lambda: False),
+    (torch.cuda, "manual_seed", torch.manual_seed),
+    (torch.cuda, "get_rng_state", _get_state),
+    (torch.cuda, "set_rng_state", _set_state),
+    (megatron_random, "_get_cuda_rng_state", _get_state),
+    (megatron_random, "_set_cuda_rng_state", _set_state),
+)
+
+
+def _is_cuda(device: Any) -> bool:
+    return device is not None and str(device).startswith("cuda")
+
+
+class _CudaToCpu(TorchFunctionMode):
+    """Turns `device="cuda"`, `.to("cuda")` and `.cuda()` into the CPU's, and `Tensor.type()` into the CUDA name that megatron asserts on."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": CPU}
+        if func is torch.Tensor.to and len(args) > 1 and isinstance(args[1], str | torch.device) and _is_cuda(args[1]):
+            args = (args[0], CPU, *args[2:])
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def cuda_redirected() -> Iterator[None]:
+    """Lets megatron-core's set-up, schedules, optimizer and checkpoints run without a GPU; does nothing where CUDA is there.
+
+    The function mode is absent in backward passes and in other threads, so modules of ours take the device from their inputs.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    before = [getattr(owner, name) for owner, name, _ in _REDIRECTIONS]
+    for owner, name, replacement in _REDIRECTIONS:
+        setattr(owner, name, replacement)
+    try:
+        with _CudaToCpu():
+            yield
+    finally:
+        for (owner, name, _), original in zip(_REDIRECTIONS, before):
+            setattr(owner, name, original)

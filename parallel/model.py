@@ -1,0 +1,116 @@
+"""One pipeline stage of the VideoAR transformer on megatron-core: the same function as `inference.model.VideoARTransformer`."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor
+
+from inference.config import ModelConfig
+from inference.embedding import InputEmbedding
+from parallel.attention import AttentionContext, choose_backend
+from parallel.layers import block_spec, transformer_config, use_transformer_engine
+from parallel.setup import ParallelConfig
+from tokenizer.sequence import SequenceLayout
+
+
+class VideoARMegatron(MegatronModule):
+    """The layers of this process's pipeline stage; the first stage also embeds, the last one also predicts.
+
+    Weights are not initialised here: `parallel.convert.load_reference` brings them in.
+
+    Args:
+        model: the network.
+        parallel: its layout over the processes that `parallel.setup.initialize` laid.
+    """
+
+    def __init__(self, model: ModelConfig, parallel: ParallelConfig):
+        config = transformer_config(model, parallel)
+        super().__init__(config)
+        self.model_config, self.parallel = model, parallel
+        # the attributes that megatron's schedules and gradient reductions read
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process = parallel_state.is_pipeline_first_stage()
+        self.post_process = parallel_state.is_pipeline_last_stage()
+        self.share_embeddings_and_output_weights = False
+        self.tp_group = parallel_state.get_tensor_model_parallel_group()
+
+        if self.pre_process:
+            self.embedding = InputEmbedding(model)
+        self.decoder = TransformerBlock(
+            config,
+            block_spec(config, use_transformer_engine(parallel.transformer_engine)),
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+        )
+        if self.post_process:
+            self.head = torch.nn.Linear(model.hidden_size, model.bits, bias=False)
+        self.to(dtype=parallel.dtype)
+        for module in (getattr(self, "embedding", None), getattr(self, "head", None)):
+            for parameter in module.parameters() if module is not None else ():
+                # each rank sees its own tokens only: finalize_model_grads sums these gradients over the tensor-parallel ranks
+                parameter.sequence_parallel = parallel.shares_sequence  # type: ignore[attr-defined]
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None]) -> None:
+        """Takes the hidden states of the stage before (called by megatron's schedules)."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(
+        self,
+        inputs: Tensor,
+        layout: SequenceLayout,
+        text: Tensor,
+        text_lengths: Tensor,
+        frame_mask: Tensor | None = None,
+        drop_condition: Tensor | None = None,
+    ) -> Tensor:
+        """Teacher-forced logits, as the reference's `forward`.
+
+        Args:
+            inputs: block inputs, [B, V, d].
+            layout: the sequence; its length is a multiple of `ParallelConfig.sequence_multiple`.
+            text: features [B, L, text_dim], or class ids, long [B].
+            text_lengths: |text| of each clip, [B].
+            frame_mask: random frame mask m, bool [B, T, T]; None: all frames visible.
+            drop_condition: clips without their condition, bool [B].
+
+        Returns:
+            On the last stage float32 [B, V, d], whole on every tensor-parallel rank; before it the hidden states
+            [S (this rank's share), B, h].
+        """
+        if layout.length % self.parallel.sequence_multiple:
+            raise ValueError(f"sequence length {layout.length} is no multiple of {self.parallel.sequence_multiple}")
+        backend = choose_backend(self.parallel.attention, inputs.device.type)
+        context = AttentionContext.build(
+            self.model_config, layout, text_lengths, frame_mask, self.parallel.dtype, backend
+        )
+        hidden = None
+        if self.pre_process:
+            hidden = self.embedding(inputs, layout, text, text_lengths, drop_condition)  # [B, S, h]
+            hidden = self._own_tokens(hidden.transpose(0, 1)).contiguous()  # [S / TP, B, h]
+        hidden = self.decoder(hidden, attention_mask=None, attention_bias=context)
+        if not self.post_process:
+            return hidden
+        logits = self.head(hidden)
+        if self.parallel.shares_sequence:
+            # every rank computes the same loss, so each keeps its own part of the gradient: nothing to be summed
+            logits = gather_from_sequence_parallel_region(logits, tensor_parallel_output_grad=False)
+        logits = logits[layout.text_length : layout.text_length + layout.video_tokens]  # [V, B, d]
+        return logits.transpose(0, 1).float()
+
+    def _own_tokens(self, hidden: Tensor) -> Tensor:
+        """This rank's share of the tokens, [S, B, h] -> [S / TP, B, h]. The gradient of the others' tokens stays with them."""
+        if not self.parallel.shares_sequence:
+            return hidden
+        return hidden.chunk(self.parallel.tensor_parallel_size)[self.tp_group.rank()]
+
+
+def unwrap(chunk: torch.nn.Module) -> VideoARMegatron:
+    """The stage inside its data-parallel wrapper, or itself."""
+    module = getattr(chunk, "module", chunk)
+    assert isinstance(module, VideoARMegatron)
+    return module

@@ -1,0 +1,166 @@
+"""Processes and their layout: which ranks share a layer (tensor), the depth (pipeline) and the batch (data)."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from inference.config import ModelConfig
+from parallel.cpu import cuda_redirected
+from tokenizer.errors import UserError
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the network is spread over processes, and in which precision it computes.
+
+    Args:
+        tensor_parallel_size: processes that share each layer's matrices.
+        pipeline_parallel_size: stages that share the depth.
+        sequence_parallel: the tensor-parallel ranks also share the tokens outside the matrices (no effect at tensor parallel 1).
+        precision: of parameters and activations; the optimizer's copies, gradients and logits are float32 always.
+        recompute: "full" keeps only each layer's input and computes the rest again in the backward pass.
+        transformer_engine: "auto" takes Transformer Engine's layers where they are installed and a GPU is there; "on" demands them.
+        attention: "sdpa" (dense mask), "flex" (FlexAttention, GPU) or "auto".
+    """
+
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    sequence_parallel: bool = True
+    precision: Literal["float32", "bfloat16"] = "float32"
+    recompute: Literal["none", "full"] = "none"
+    transformer_engine: Literal["auto", "on", "off"] = "auto"
+    attention: Literal["auto", "sdpa", "flex"] = "auto"
+
+    @property
+    def shares_sequence(self) -> bool:
+        """Whether sequence parallelism is really on."""
+        return self.sequence_parallel and self.tensor_parallel_size > 1
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What a sequence's length must be a multiple of: pass it to `ModelConfig.layout(multiple=...)`."""
+        return self.tensor_parallel_size if self.shares_sequence else 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision as torch names it."""
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+
+
+@dataclass(frozen=True)
+class ProcessInfo:
+    """Where this process stands.
+
+    Args:
+        rank, world_size: among all processes.
+        data_parallel_rank, data_parallel_size: which part of the global batch this process reads, of how many.
+        tensor_parallel_rank, pipeline_parallel_rank: its part of a layer, its stage.
+        is_last_stage: whether it computes the loss.
+        device: where its tensors live.
+    """
+
+    rank: int
+    world_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+    tensor_parallel_rank: int
+    pipeline_parallel_rank: int
+    is_last_stage: bool
+    device: torch.device
+
+
+def check_layout(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> None:
+    """Raises UserError, with the nearest sizes that work, if the network does not divide over the processes."""
+    tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    if min(tensor, pipeline) < 1:
+        raise UserError(f"tensor_parallel_size {tensor} and pipeline_parallel_size {pipeline} must be at least 1.")
+    both = tensor * pipeline
+    if world_size % both:
+        raise UserError(
+            f"{world_size} processes do not divide into groups of {both} (tensor parallel {tensor} x pipeline parallel "
+            f"{pipeline}): start {_neighbours(world_size, both)} processes or change the two sizes."
+        )
+    ffn = model.ffn_hidden_size or 4 * model.hidden_size
+    for what, value, size, name in (
+        ("num_attention_heads", model.num_attention_heads, tensor, "tensor_parallel_size"),
+        ("ffn_hidden_size", ffn, tensor, "tensor_parallel_size"),
+        ("num_layers", model.num_layers, pipeline, "pipeline_parallel_size"),
+    ):
+        if value % size:
+            works = max(divisor for divisor in range(1, size) if value % divisor == 0)
+            raise UserError(
+                f"{what} {value} does not divide by {name} {size}: choose {name} {works} or {what} {_neighbours(value, size)}."
+            )
+
+
+def _neighbours(value: int, multiple: int) -> str:
+    below = value // multiple * multiple
+    return f"{below} or {below + multiple}" if below else str(multiple)
+
+
+def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30.0) -> ProcessInfo:
+    """Joins the processes that torchrun started (or makes a group of one) and lays the parallel groups over them.
+
+    NCCL carries GPU tensors; gloo carries CPU tensors, and everything where there is no GPU.
+
+    Args:
+        parallel: the layout.
+        seed: of megatron's generators (nothing in this network draws from them; recomputation saves and restores them).
+        timeout_minutes: after which a collective that misses a process fails.
+
+    Raises:
+        UserError: the processes do not divide by the layout.
+    """
+    has_cuda = torch.cuda.is_available()
+    device = torch.device("cpu")
+    if has_cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if has_cuda else "gloo"
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    world_size = dist.get_world_size()
+    both = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    if world_size % both:
+        dist.destroy_process_group()
+        raise UserError(
+            f"{world_size} processes do not divide into groups of {both} (tensor parallel {parallel.tensor_parallel_size} x "
+            f"pipeline parallel {parallel.pipeline_parallel_size}): start {_neighbours(world_size, both)} processes."
+        )
+    with cuda_redirected():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+            # gloo groups beside gloo groups would only be copies
+            create_gloo_process_groups=has_cuda,
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return ProcessInfo(
+        rank=dist.get_rank(),
+        world_size=world_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_parallel_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        is_last_stage=parallel_state.is_pipeline_last_stage(),
+        device=device,
+    )
+
+
+def destroy() -> None:
+    """Leaves the groups; a later `initialize` may lay others."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
