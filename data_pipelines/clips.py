@@ -17,6 +17,7 @@ from data_pipelines.decode import TOLERANCE, DecodeError, Decoder, choose_decode
 from data_pipelines.random_access import ShardFolder
 from tokenizer.errors import UserError
 from tokenizer.progress import track
+from tokenizer.tokenizer import check_num_frames
 from tokenizer.train import BatchSpec
 
 Start = Literal["centre", "random"]
@@ -32,8 +33,7 @@ def check_clip_shape(num_frames: int, height: int, width: int) -> None:
     Raises:
         UserError: this clip is none.
     """
-    if num_frames < 1 or num_frames % 4 != 1:
-        raise UserError(f"a clip of {num_frames} frames can't be encoded: give 1, 5, 9, ... (1 + 4n) frames.")
+    check_num_frames(num_frames)
     if min(height, width) < 16 or height % 16 or width % 16:
         raise UserError(f"frames of {height}x{width} pixels can't be encoded: both sides must be multiples of 16.")
 
@@ -64,7 +64,7 @@ def sample_times(
         UserError: `num_frames` is not 1+4n, or the rate is not positive.
         ClipTooShort: the video ends before the clip.
     """
-    check_clip_shape(num_frames, 16, 16)
+    check_num_frames(num_frames)
     if fps is not None and fps <= 0:
         raise UserError(f"a rate of {fps} frames a second is impossible: give a positive one.")
     if fps is None:

@@ -29,6 +29,7 @@ from typing import Any
 from streaming import MDSWriter
 
 from data_pipelines.probe import Rejected, VideoInfo, probe
+from data_pipelines.random_access import HASH
 from data_pipelines.receipts import finished, new_folder, read_receipt
 from tokenizer.errors import UserError
 from tokenizer.progress import Meter
@@ -196,9 +197,7 @@ def read_shards_receipt(shards: Path) -> dict[str, Any]:
 
 def _writer(folder: Path, options: ShardsConfig) -> MDSWriter:
     try:
-        return MDSWriter(
-            columns=COLUMNS, out=str(folder), hashes=["xxh64"], size_limit=options.shard_size, exist_ok=True
-        )
+        return MDSWriter(columns=COLUMNS, out=str(folder), hashes=[HASH], size_limit=options.shard_size, exist_ok=True)
     except ValueError as error:
         raise UserError(
             f"'{options.shard_size}' is no shard_size: write a number with a unit, such as 64mb."
