@@ -82,15 +82,9 @@ class _SwiGLU(torch.autograd.Function):
         return grad_x
 
 
-class SwiGLU(torch.nn.Module):
-    """silu(gate) * up of [..., gate | up], writing both gradients into one tensor. Where there is no GPU, whose kernels fuse it."""
-
-    def __init__(self, config: TransformerConfig):
-        super().__init__()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., 2 f] -> [..., f]."""
-        return _SwiGLU.apply(x)
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up: [..., gate | up] -> [..., f]. Both gradients go into one tensor. For CPUs: on a GPU megatron's kernel fuses it."""
+    return _SwiGLU.apply(x)
 
 
 def use_transformer_engine(wanted: str) -> bool:
@@ -142,7 +136,7 @@ def block_spec(config: TransformerConfig, transformer_engine: bool) -> Transform
                 submodules=MLPSubmodules(
                     linear_fc1=backend.column_parallel_linear(),
                     linear_fc2=backend.row_parallel_linear(),
-                    activation_func=SwiGLU,
+                    activation_func=swiglu,  # type: ignore[arg-type]
                 ),
             ),
             mlp_bda=get_bias_dropout_add,  # type: ignore[arg-type]
@@ -188,7 +182,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=has_cuda,
-        # megatron's name for "the layer specification says which activation": SwiGLU above
+        # megatron's name for "the layer specification says which activation": swiglu above
         use_te_activation_func=not has_cuda,
         bias_dropout_fusion=False,
         deallocate_pipeline_outputs=True,
