@@ -27,8 +27,9 @@ def test_one_row_a_word_and_the_same_everywhere():
 
 
 def test_different_words_are_nearly_orthogonal_and_stems_are_near():
-    words = "red green blue yellow magenta cyan circle square triangle left right up down slowly quickly a".split()
-    features = ByteTextEncoder(256).encode(" ".join(words))
+    caption = "red green blue yellow magenta cyan circle square triangle left right up down slowly quickly a"
+    words = caption.split()
+    features = ByteTextEncoder(256).encode(caption)
     cosine = features @ features.T / 256
     assert np.abs(cosine - np.eye(len(words))).max() < 0.3
     stem = ByteTextEncoder(256).encode("slow slowly")
@@ -60,7 +61,9 @@ def t5_directory(tmp_path_factory):
     import torch
 
     path = tmp_path_factory.mktemp("t5")
-    vocabulary = {word: i for i, word in enumerate("<pad> </s> <unk> a red circle moving left slowly".split())}
+    vocabulary = {
+        word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "a", "red", "circle", "moving", "left", "slowly"])
+    }
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     fast = transformers.PreTrainedTokenizerFast(

@@ -1,0 +1,189 @@
+"""The pipeline on tiny random weights, with the real tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from inference import VideoARPipeline
+from inference.model import VideoARTransformer
+from tests.inference.tiny import tiny_config
+from tokenizer import UserError, VideoTokenizer
+from tokenizer.autoencoder import AutoencoderConfig
+from tokenizer.text import ByteTextEncoder
+from tokenizer.tokenizer import TokenizerConfig
+
+SCALES = ((1, 1), (2, 2))
+SIZE = (32, 32)
+
+
+def tiny_tokenizer(seed: int = 0) -> VideoTokenizer:
+    torch.manual_seed(seed)
+    sizes = AutoencoderConfig(dim=8, base_width=8, multipliers=(1, 1, 2), blocks=1, patch=4)
+    return VideoTokenizer(TokenizerConfig(sizes, num_scales=2)).eval()
+
+
+def tiny_pipeline(**changes) -> VideoARPipeline:
+    torch.manual_seed(1)
+    config = tiny_config(**{"scales": SCALES, "num_frames": 3, "max_text_length": 8, **changes})
+    encoder = None if config.num_classes else ByteTextEncoder(config.text_dim)
+    names = ["run", "jump", "swim"] if config.num_classes else None
+    return VideoARPipeline(VideoARTransformer(config).eval(), tiny_tokenizer(), encoder, names)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> VideoARPipeline:
+    return tiny_pipeline()
+
+
+def pixels(num_frames: int, seed: int = 0, size=SIZE) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (num_frames, *size, 3), dtype=np.uint8)
+
+
+def test_text_to_video_and_batches(pipe):
+    one = pipe("a red circle moving left slowly", seed=3)
+    assert one.frames.shape == (9, 32, 32, 3) and one.frames.dtype == np.uint8
+    prompts = ["a red circle moving left slowly", "a triangle", "a blue square"]
+    many = pipe(prompts, seed=3, batch_size=2)
+    assert len(many.frames) == 3 and many.codes.tokens().shape == (3, 3, 5, 8)
+    assert torch.equal(many.codes.tokens()[:1], one.codes.tokens())  # batch mates and batch size change nothing
+    assert torch.equal(pipe(prompts[2], seed=5).codes.tokens()[0], many.codes.tokens()[2])
+    assert torch.equal(pipe(prompts, seed=[3, 4, 5]).codes.tokens(), many.codes.tokens())
+    assert (pipe(prompts[0], seed=4).frames != one.frames).any()
+    decoded = pipe.tokenizer.decode(one.codes)[0].movedim(0, -1)
+    np.testing.assert_array_equal(one.frames, ((decoded + 1) * 127.5).round().to(torch.uint8).numpy())
+
+
+def test_lengths_and_sizes(pipe):
+    assert pipe("a circle", num_frames=1).frames.shape == (1, 32, 32, 3)
+    assert pipe("a circle", num_frames=21).frames.shape == (21, 32, 32, 3)  # longer than trained
+    assert pipe("a circle", size=(32, 48)).frames.shape == (9, 32, 48, 3)
+    assert [pipe.frames_for(seconds) for seconds in (0.1, 1, 2, 2.2)] == [1, 9, 17, 17]
+
+
+def test_image_to_video_forces_the_first_frame(pipe, tmp_path):
+    image = pixels(1)[0]
+    clip = torch.from_numpy(image).float().movedim(-1, 0)[None, :, None] / 127.5 - 1
+    expected = pipe.tokenizer.encode(clip, pipe.config.schedule)
+    result = pipe(["a circle", "a square"], image=image)
+    assert result.given_frames == 1
+    for index in range(2):
+        assert torch.equal(result.codes.tokens()[index, :1], expected.tokens()[0])
+    Image.fromarray(image).save(tmp_path / "image.png")
+    from_file = pipe(["a circle", "a square"], image=tmp_path / "image.png")
+    assert torch.equal(from_file.codes.tokens(), result.codes.tokens())
+
+
+def test_continuation_forces_the_end_of_the_video(pipe):
+    video = pixels(12)
+    result = pipe("a circle", video=video, num_frames=13)
+    assert result.given_frames == 5 and result.frames.shape[0] == 13  # half of 13, as 1+4m
+    clip = torch.from_numpy(video[-5:]).float().movedim(-1, 0)[None] / 127.5 - 1
+    assert torch.equal(result.codes.tokens()[:, :2], pipe.tokenizer.encode(clip, pipe.config.schedule).tokens())
+    assert pipe("a circle", video=video, num_frames=13, prefix_frames=9).given_frames == 9
+
+
+def test_shots_join_without_their_prefixes(pipe):
+    result = pipe.shots(["a circle", "a square", "a circle"], num_frames=9, prefix_frames=5, guidance=1.0)
+    assert result.frames.shape[0] == 9 + 4 + 4
+    second = pipe("a square", 9, seed=1, guidance=1.0, video=result.frames[:9][-5:], prefix_frames=5)
+    np.testing.assert_array_equal(result.frames[9:13], second.frames[5:])
+
+
+def test_classes_by_number_and_by_name():
+    pipe = tiny_pipeline(num_classes=3)
+    by_name = pipe(["jump", "swim"], guidance="ucf")
+    assert torch.equal(pipe(class_label=[1, 2], guidance="ucf").codes.tokens(), by_name.codes.tokens())
+    assert pipe(class_label=1, guidance="ucf").frames.shape == (9, 32, 32, 3)
+    for arguments, words in (
+        ({"prompt": "fly"}, "'fly' does not exist"),
+        ({"class_label": 3}, "0 to 2"),
+        ({}, "give class_label"),
+    ):
+        with pytest.raises(UserError, match=words):
+            pipe(**arguments)
+
+
+def test_saved_and_loaded(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "model")
+    again = VideoARPipeline.from_pretrained(tmp_path / "model")
+    assert torch.equal(again("a circle").codes.tokens(), pipe("a circle").codes.tokens())
+    half = VideoARPipeline.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert half("a circle").frames.shape == (9, 32, 32, 3)
+    names = VideoARPipeline(tiny_pipeline(num_classes=3).model, tiny_tokenizer(), None, ["run", "jump", "swim"])
+    names.save_pretrained(tmp_path / "classes")
+    assert VideoARPipeline.from_pretrained(tmp_path / "classes").class_names == ["run", "jump", "swim"]
+
+
+def test_another_tokenizer_or_text_encoder_is_refused(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "text_encoder_fingerprint": "bytes-0-16"}))
+    with pytest.raises(UserError, match="text encoder bytes is not the one"):
+        VideoARPipeline.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.rmtree(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        VideoARPipeline.from_pretrained(tmp_path)
+    tiny_tokenizer(seed=9).save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="trained on codes of the tokenizer"):
+        VideoARPipeline.from_pretrained(tmp_path)
+
+
+def test_a_tokenizer_of_another_width_is_refused():
+    with pytest.raises(UserError, match="8 bits a token and the model 16"):
+        tiny_pipeline(bits=16)
+
+
+def test_long_prompts_are_cut_with_a_warning(pipe):
+    long = "one two three four five six seven eight nine ten"
+    with pytest.warns(UserWarning, match="cut to the model's 8 text tokens"):
+        cut = pipe(long)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        short = pipe("one two three four five six seven eight")
+    assert torch.equal(cut.codes.tokens(), short.codes.tokens())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"num_frames": 10}, "10 frames are not 1[+]4n: ask for 9 or 13"),
+        ({"image": pixels(1)[0], "video": pixels(5)}, "give one of them"),
+        ({"image": "missing.png"}, "missing.png does not exist"),
+        ({"video": "missing.mp4"}, "missing.mp4 does not exist"),
+        ({"image": pixels(5)}, r"uint8 \[H, W, 3\]"),
+        ({"video": pixels(3), "prefix_frames": 5}, "3 frames, not 5"),
+        ({"video": pixels(9), "prefix_frames": 6}, "6 frames are not 1[+]4n"),
+        ({"video": pixels(20), "num_frames": 9, "prefix_frames": 9, "guidance": "x"}, "guidance 'x'"),
+        ({"size": (40, 32)}, "height 40 is not a multiple of 16"),
+        ({"class_label": 1}, "give a prompt"),
+        ({"seed": [1, 2]}, "2 seeds were given for 1 clips"),
+        ({"prompt": []}, "no prompt"),
+    ],
+)
+def test_arguments_that_do_not_fit(pipe, arguments: dict, words: str):
+    with pytest.raises(UserError, match=words):
+        pipe(**{"prompt": "a circle", **arguments})
+
+
+def test_a_result_is_saved_in_three_formats(pipe, tmp_path):
+    result = pipe("a circle")
+    for name in ("clip.mp4", "clip.gif", "clip.png"):
+        result.save(tmp_path / name)
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        stream = container.streams.video[0]
+        assert stream.average_rate == 8
+        decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+    assert decoded.shape == result.frames.shape
+    assert Image.open(tmp_path / "clip.gif").n_frames == 9
+    assert Image.open(tmp_path / "clip.png").size == (9 * 32, 32)
+    pipe(["a", "b"]).save(tmp_path / "pair.gif")
+    assert (tmp_path / "pair-0.gif").is_file() and (tmp_path / "pair-1.gif").is_file()
