@@ -1,0 +1,185 @@
+"""The settings of a pretraining run; YAML files under `pretrain/configs/` mirror these classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from parallel.setup import ParallelConfig
+from pretrain.error_correction import ErrorCorrectionConfig
+from pretrain.objective import TokenWeight
+from tokenizer.errors import UserError
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The network, but for what the codes fix (bits, grids, frames, width of the text features, number of classes).
+
+    Args:
+        num_layers, hidden_size, num_attention_heads, ffn_hidden_size: sizes; ffn_hidden_size null is 4 hidden_size.
+        condition: "text", or "class" for one learnt token a class.
+        max_text_length: text tokens a clip has at most.
+        max_scales: scale embeddings allocated.
+        rope: "multiscale" (Eq. 7) or "flat", the ablation's baseline.
+        rope_theta: base of the rotary frequencies.
+        rope_scaled_spatial: spatial positions are scaled to the finest grid.
+        norm_eps: RMSNorm's epsilon.
+        window: earlier frames that a frame sees; null: all.
+        context_block: each finished frame enters the context once more as its full sum.
+        input_down: how accumulated features come to a scale's grid (Eq. 2).
+    """
+
+    num_layers: int = 24
+    hidden_size: int = 1536
+    num_attention_heads: int = 12
+    ffn_hidden_size: int | None = None
+    condition: Literal["text", "class"] = "text"
+    max_text_length: int = 16
+    max_scales: int = 16
+    rope: Literal["multiscale", "flat"] = "multiscale"
+    rope_theta: float = 10000.0
+    rope_scaled_spatial: bool = False
+    norm_eps: float = 1e-6
+    window: int | None = None
+    context_block: bool = False
+    input_down: Literal["bilinear", "area"] = "bilinear"
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up and a cosine decay in each stage.
+
+    Args:
+        lr: peak learning rate of the stages that set none of their own.
+        warmup_steps: of the stages that set none of their own.
+        min_lr_ratio: what is left of the peak at a stage's end.
+        betas, eps, weight_decay: AdamW's; only matrices decay.
+        clip_grad: largest gradient norm.
+    """
+
+    lr: float = 1e-4
+    warmup_steps: int = 100
+    min_lr_ratio: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    clip_grad: float = 1.0
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One ingredient of a stage's data.
+
+    Args:
+        dir: a folder of code shards (`videoar encode`), or its URL.
+        num_frames: the first so many latent frames of each clip, 1 for images; null: all.
+        proportion: its share of the steps, relative to the other sources'.
+        cache: a local folder for the shards of a URL.
+    """
+
+    dir: str
+    num_frames: int | None = None
+    proportion: float = 1.0
+    cache: str | None = None
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage. It starts from the weights and optimizer moments that the stage before left; its learning rate starts anew.
+
+    Args:
+        name: for the log.
+        codes: the data; every step takes one source, so that all clips of a step have one shape.
+        steps: optimizer steps.
+        global_batch_size: clips a step = micro_batch_size x data-parallel ranks x microbatches.
+        micro_batch_size: clips a forward pass.
+        lr: peak learning rate; null: the optimizer's.
+        warmup_steps: null: the optimizer's.
+        error_correction: flip ratios.
+        p_mask: Random Frame Mask's probability.
+        condition_dropout: probability that a clip's text is replaced by the null sequence.
+        token_weight: "uniform" or "scale" (sqrt(HW / H_k W_k)).
+        validation: a folder of code shards for validation at the stage's largest number of frames; null: none.
+    """
+
+    name: str
+    codes: tuple[SourceConfig, ...]
+    steps: int
+    global_batch_size: int = 32
+    micro_batch_size: int = 32
+    lr: float | None = None
+    warmup_steps: int | None = None
+    error_correction: ErrorCorrectionConfig = field(default_factory=ErrorCorrectionConfig)
+    p_mask: float = 0.0
+    condition_dropout: float = 0.1
+    token_weight: TokenWeight = "uniform"
+    validation: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.micro_batch_size < 1 or self.global_batch_size % self.micro_batch_size:
+            raise UserError(
+                f"stage '{self.name}' has {self.steps} steps of {self.global_batch_size} clips in microbatches of "
+                f"{self.micro_batch_size}: use at least 1 step and a global_batch_size that micro_batch_size divides."
+            )
+        for name in ("p_mask", "condition_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"stage '{self.name}' has {name} {getattr(self, name)}: a probability lies in [0, 1].")
+        if not self.codes:
+            raise UserError(f"stage '{self.name}' has no codes: list at least one source with its `dir`.")
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases.
+
+    Args:
+        mode: "offline" writes to the output folder without a network (`wandb sync` uploads later), "online", or "disabled".
+        project, name: what the run is called there.
+    """
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "videoar"
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A pretraining run through its stages.
+
+    Args:
+        out: the folder for checkpoints, metrics.jsonl and config.yaml; a run in the same folder goes on.
+        tokenizer: the folder of the tokenizer that made the codes; codes of another one are refused.
+        stages: in their order.
+        network, optimizer, parallel, wandb: see their classes.
+        seed: of weights, data order, flips, frame masks and condition dropout.
+        checkpoint_every: steps between two checkpoints; the end of a stage and SIGTERM save one, too.
+        keep: the newest so many checkpoints stay.
+        validate_every: steps between two validations, and one at the end of each stage; 0: none.
+        validation_batches: global batches of a validation.
+        log_every: steps between two lines of metrics.jsonl.
+        data_workers: processes that read codes ahead; 0: none.
+        shards_per_window: clips are shuffled within windows of so many shards.
+    """
+
+    out: str
+    tokenizer: str
+    stages: tuple[StageConfig, ...]
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    seed: int = 0
+    checkpoint_every: int = 500
+    keep: int = 2
+    validate_every: int = 0
+    validation_batches: int = 4
+    log_every: int = 10
+    data_workers: int = 0
+    shards_per_window: int = 32
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise UserError("a pretraining run needs at least one stage: list them under `stages`.")
+        for name in ("checkpoint_every", "keep", "validation_batches", "log_every", "shards_per_window"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1.")

@@ -1,0 +1,218 @@
+"""What the settings and the codes' manifests say together: the network's configuration and each stage's data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from data_pipelines.code_stream import CodeStream, Source
+from data_pipelines.codes import CodeDataset, Manifest
+from inference.config import ModelConfig
+from pretrain.config import PretrainConfig, SourceConfig, StageConfig
+from pretrain.objective import ObjectiveConfig
+from pretrain.randomness import Randomness
+from tokenizer.errors import UserError
+from tokenizer.resample import DownMode
+from tokenizer.scales import ScaleSchedule
+from tokenizer.sequence import SequenceLayout
+
+DEFAULT_FPS = 8.0
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage with what its codes' manifests add.
+
+    Args:
+        index: from 0.
+        config: its settings.
+        sources: its data, every number of frames known.
+        manifests: of the sources, in their order.
+        validation: the validation clips, or None.
+        objective: what `objective.prepare` needs.
+        model: the network's configuration when this stage ends: the finest grids and the most frames trained on so far.
+    """
+
+    index: int
+    config: StageConfig
+    sources: tuple[Source, ...]
+    manifests: tuple[Manifest, ...]
+    validation: Source | None
+    objective: ObjectiveConfig
+    model: ModelConfig
+
+    def stream(self, run: PretrainConfig, rank: int, size: int) -> CodeStream:
+        """The stage's training batches for one data-parallel rank of `size`."""
+        return CodeStream(
+            self.sources,
+            self.config.global_batch_size,
+            rank=rank,
+            size=size,
+            seed=run.seed + self.index,
+            max_text_length=run.network.max_text_length,
+            shards_per_window=run.shards_per_window,
+            num_workers=run.data_workers,
+        )
+
+    def validation_stream(self, run: PretrainConfig, rank: int, size: int) -> CodeStream | None:
+        """The validation clips from the first one on, in stored order."""
+        if self.validation is None:
+            return None
+        return CodeStream(
+            [self.validation],
+            self.config.global_batch_size,
+            rank=rank,
+            size=size,
+            max_text_length=run.network.max_text_length,
+            shards_per_window=0,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, ready to start.
+
+    Args:
+        stages: in their order.
+        fingerprint: of the tokenizer.
+    """
+
+    stages: tuple[StagePlan, ...]
+    fingerprint: str
+
+    @property
+    def model(self) -> ModelConfig:
+        """The network's configuration after the last stage; the weights have the same shapes in all stages."""
+        return self.stages[-1].model
+
+    def export_info(self, stage: int) -> dict[str, object]:
+        """What an exported model's config.json says beside the network, as `VideoARPipeline.from_pretrained` reads it.
+
+        Args:
+            stage: the last one that was trained in.
+        """
+        manifest = self.stages[stage].manifests[-1]
+        content: dict[str, object] = {"tokenizer_fingerprint": self.fingerprint}
+        if self.model.num_classes:
+            content["class_names"] = manifest.classes
+        else:
+            content |= {"text_encoder": manifest.text_encoder, "text_encoder_fingerprint": manifest.text_fingerprint}
+        return content
+
+
+def make_plan(run: PretrainConfig) -> Plan:
+    """Reads the tokenizer's configuration and all manifests.
+
+    Raises:
+        UserError: codes are missing, not finished, another tokenizer's, or do not fit one network.
+    """
+    fingerprint, residual_down = read_tokenizer(run.tokenizer)
+    stages: list[StagePlan] = []
+    for index, stage in enumerate(run.stages):
+        datasets = [_dataset(source, fingerprint) for source in stage.codes]
+        sources = tuple(
+            Source(source.dir, dataset.num_frames, source.proportion, source.cache)
+            for source, dataset in zip(stage.codes, datasets)
+        )
+        frames = max(source.num_latent_frames for source in sources)
+        validation = None
+        if stage.validation is not None:
+            validation = Source(stage.validation, frames)
+            _dataset(SourceConfig(stage.validation, frames), fingerprint)
+        manifests = tuple(dataset.manifest for dataset in datasets)
+        model = _model_config(run, stage, sources, manifests, stages[-1].model if stages else None)
+        objective = ObjectiveConfig(
+            randomness=Randomness(run.seed, index),
+            error_correction=stage.error_correction,
+            p_mask=stage.p_mask,
+            condition_dropout=stage.condition_dropout,
+            token_weight=stage.token_weight,
+            class_conditional=run.network.condition == "class",
+            residual_down=residual_down,
+            input_down=run.network.input_down,
+        )
+        stages.append(StagePlan(index, stage, sources, manifests, validation, objective, model))
+    return Plan(tuple(stages), fingerprint)
+
+
+def read_tokenizer(directory: str | Path) -> tuple[str, DownMode]:
+    """A tokenizer's fingerprint and its `residual_down`.
+
+    Raises:
+        UserError: the folder holds no tokenizer.
+    """
+    file = Path(directory) / "config.json"
+    if not file.is_file():
+        raise UserError(
+            f"{directory} holds no tokenizer (config.json is missing): set `tokenizer` to the folder of the tokenizer "
+            "that made the codes."
+        )
+    try:
+        content = json.loads(file.read_text())
+        return content["fingerprint"], content["residual_down"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{file} is not a tokenizer's configuration ({error!r}): copy the tokenizer again.") from error
+
+
+@lru_cache(maxsize=16)
+def layout_for(model: ModelConfig, num_frames: int, scales: tuple[tuple[int, int], ...], multiple: int) -> SequenceLayout:
+    """The layout of a batch; kept, so that what it computes is computed once."""
+    return model.layout(num_frames, ScaleSchedule(scales), multiple)
+
+
+def _dataset(source: SourceConfig, fingerprint: str) -> CodeDataset:
+    return CodeDataset(source.dir, fingerprint, source.num_frames, source.cache)
+
+
+def _model_config(
+    run: PretrainConfig,
+    stage: StageConfig,
+    sources: tuple[Source, ...],
+    manifests: tuple[Manifest, ...],
+    before: ModelConfig | None,
+) -> ModelConfig:
+    finest = max(manifests, key=lambda manifest: manifest.scale_schedule.tokens_per_frame)
+    schedule, frames = finest.scale_schedule, max(source.num_latent_frames for source in sources)
+    if before is not None:
+        frames = max(frames, before.num_frames)
+        schedule = max(schedule, before.schedule, key=lambda one: one.tokens_per_frame)
+    network = run.network
+    num_classes = len(finest.classes) if network.condition == "class" else 0
+    if network.condition == "class" and not num_classes:
+        raise UserError(f"the codes of stage '{stage.name}' have no classes: set network.condition to text.")
+    model = ModelConfig(
+        num_layers=network.num_layers,
+        hidden_size=network.hidden_size,
+        num_attention_heads=network.num_attention_heads,
+        scales=schedule.scales,
+        num_frames=frames,
+        ffn_hidden_size=network.ffn_hidden_size,
+        bits=finest.dim,
+        text_dim=finest.text_dim,
+        max_text_length=network.max_text_length,
+        num_classes=num_classes,
+        max_scales=network.max_scales,
+        rope=network.rope,
+        rope_theta=network.rope_theta,
+        rope_scaled_spatial=network.rope_scaled_spatial,
+        norm_eps=network.norm_eps,
+        window=network.window,
+        context_block=network.context_block,
+        input_down=network.input_down,
+        fps=finest.fps or DEFAULT_FPS,
+    )
+    for manifest, source in zip(manifests, sources):
+        for name, mine, theirs in (("bits a token", model.bits, manifest.dim), ("text width", model.text_dim, manifest.text_dim)):
+            if mine != theirs:
+                raise UserError(f"the codes in {source.path} have {name} {theirs}, others of the run {mine}: encode them alike.")
+    if before is not None and (before.bits, before.text_dim, before.num_classes) != (
+        model.bits,
+        model.text_dim,
+        model.num_classes,
+    ):
+        raise UserError(
+            f"the codes of stage '{stage.name}' differ from the stage before in bits, text width or classes: encode them alike."
+        )
+    return model

@@ -1,0 +1,288 @@
+"""The training loop: through the stages, with exact resume.
+
+    videoar pretrain --config pretrain/configs/demo/pretrain.yaml                                         one process
+    python -m torch.distributed.run --nproc-per-node 2 -m videoar pretrain --config FILE                  tensor parallel 2
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_pipelines.code_stream import CodeBatch
+from inference.config import ModelConfig
+from parallel import checkpoint
+from parallel.setup import ParallelConfig, ProcessInfo, destroy, initialize
+from parallel.train_step import Microbatch, StepResult, build_model, build_optimizer, forward_backward, update
+from pretrain.config import PretrainConfig
+from pretrain.metrics import MetricsLog
+from pretrain.objective import ObjectiveConfig, bitwise_loss, prepare
+from pretrain.schedule import learning_rate
+from pretrain.stages import Plan, StagePlan, layout_for, make_plan
+from tokenizer import settings
+from tokenizer.errors import UserError
+from tokenizer.progress import Meter
+
+
+@dataclass
+class Position:
+    """How far a run is.
+
+    Args:
+        stage: the stage that is next or under way.
+        step: its finished steps.
+        global_step: finished steps of all stages.
+        stream: where its data stands; None: at its beginning.
+    """
+
+    stage: int = 0
+    step: int = 0
+    global_step: int = 0
+    stream: dict[str, Any] | None = None
+
+
+def main_entry(config: PretrainConfig) -> None:
+    """`videoar pretrain`: `pretrain`, then the process groups are left."""
+    try:
+        pretrain(config)
+    finally:
+        destroy()
+
+
+def pretrain(config: PretrainConfig) -> Position:
+    """Trains through all stages; called again with the same output folder, it goes on from the newest complete checkpoint.
+
+    Every process of a run calls it with the same settings. On SIGTERM the step under way is finished and saved, and the
+    function returns.
+
+    Returns:
+        How far the run is: `stage` is the number of stages where all of them are done.
+
+    Raises:
+        UserError: settings, codes, layout or checkpoint do not fit together, or the loss is not finite.
+    """
+    plan = make_plan(config)
+    info = initialize(config.parallel, config.seed)
+    _check_batches(config, info)
+    out = Path(config.out)
+    trainer = Trainer(config, plan, info)
+    position = trainer.restore()
+    if info.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        settings.save(config, out / "config.yaml")
+        trainer.log = MetricsLog(out, position.global_step, config.wandb, settings.to_dict(config))
+    try:
+        with _stop_signal() as stop:
+            while position.stage < len(plan.stages):
+                position = trainer.run_stage(plan.stages[position.stage], position, stop)
+                if stop.requested:
+                    break
+    finally:
+        if trainer.log is not None:
+            trainer.log.close()
+    return position
+
+
+class Trainer:
+    """The network and its optimizer, and how they go through a stage.
+
+    Args:
+        config: the run.
+        plan: its stages.
+        info: this process.
+    """
+
+    def __init__(self, config: PretrainConfig, plan: Plan, info: ProcessInfo):
+        self.config, self.plan, self.info = config, plan, info
+        optimizer = config.optimizer
+        self.chunks = build_model(plan.model, config.parallel, info, config.seed)
+        self.optimizer = build_optimizer(
+            self.chunks, optimizer.lr, optimizer.weight_decay, optimizer.betas, optimizer.eps, optimizer.clip_grad
+        )
+        self.checkpoints = Path(config.out) / "checkpoints"
+        self.log: MetricsLog | None = None
+
+    def restore(self) -> Position:
+        """Loads the newest complete checkpoint, if there is one."""
+        newest = checkpoint.latest(self.checkpoints)
+        if newest is None:
+            return Position()
+        common = checkpoint.load_common(newest)
+        _check_same_run(self.config, self.plan.model, common, newest)
+        checkpoint.load(newest, self.chunks, self.optimizer)
+        return Position(**common["position"])
+
+    def run_stage(self, stage: StagePlan, position: Position, stop: StopFlag) -> Position:
+        """Trains from `position` to the stage's end, or until a stop is asked for; the returned position is saved."""
+        config, steps = self.config, stage.config.steps
+        stream = stage.stream(config, self.info.data_parallel_rank, self.info.data_parallel_size)
+        if position.stream is not None:
+            stream.load_state_dict(position.stream)
+        step = position.step
+        offset = position.global_step - step  # of the stages before
+        label = f"pretrain {stage.config.name} ({stage.index + 1}/{len(self.plan.stages)})"
+        with Meter(label, steps) if self.info.rank == 0 else nullcontext() as meter:
+            if meter is not None:
+                meter.advance(step)
+            while step < steps:
+                started = time.monotonic()
+                values = self._step(stage, next(stream), step, offset + step)
+                step += 1
+                stopping = stop.agreed()
+                values |= {"seconds": time.monotonic() - started}
+                values["tokens_per_second"] = values.pop("tokens") / values["seconds"]
+                if meter is not None:
+                    meter.advance(1, f"loss {values['loss']:.4f}, bits {100 * values['bit_accuracy']:.1f}%")
+                ends = step == steps
+                if self.log is not None and (ends or stopping or step % config.log_every == 0):
+                    self.log.write(_head(stage, step, offset + step) | values)
+                if config.validate_every and (ends or step % config.validate_every == 0):
+                    self._validate(stage, step, offset + step)
+                position = Position(stage.index, step, offset + step, stream.state_dict())
+                if ends:
+                    position = Position(stage.index + 1, 0, offset + step)
+                if ends or stopping or step % config.checkpoint_every == 0:
+                    self._save(position, stage)
+                if stopping:
+                    break
+        return position
+
+    def _step(self, stage: StagePlan, batch: CodeBatch, step: int, global_step: int) -> dict[str, Any]:
+        """One optimizer step; what is logged of it."""
+        optimizer = self.config.optimizer
+        lr = learning_rate(
+            step,
+            stage.config.steps,
+            optimizer.lr if stage.config.lr is None else stage.config.lr,
+            optimizer.warmup_steps if stage.config.warmup_steps is None else stage.config.warmup_steps,
+            optimizer.min_lr_ratio,
+        )
+        result, tokens = self._loss(stage, batch, training=True)
+        norm = update(self.optimizer, lr) if math.isfinite(result.loss) else math.nan
+        if not math.isfinite(norm):
+            newest = checkpoint.latest(self.checkpoints)
+            raise UserError(
+                f"loss {result.loss} and gradient norm {norm} at step {global_step} of {self.config.out} are not finite: lower the "
+                f"learning rate (now {lr:.2e}) and go on from {newest or 'the start'}."
+            )
+        return {"loss": result.loss, **result.report, "lr": lr, "grad_norm": norm, "tokens": tokens}
+
+    def _validate(self, stage: StagePlan, step: int, global_step: int) -> None:
+        stream = stage.validation_stream(self.config, self.info.data_parallel_rank, self.info.data_parallel_size)
+        if stream is None:
+            return
+        whole = max(1, len(stream.datasets[0]) // stage.config.global_batch_size)
+        count = min(self.config.validation_batches, whole)
+        totals: dict[str, float] = {}
+        for _ in range(count):
+            result, _ = self._loss(stage, next(stream), training=False)
+            for name, value in {"loss": result.loss, **result.report}.items():
+                totals[name] = totals.get(name, 0.0) + value / count
+        if self.log is not None:
+            self.log.write(_head(stage, step, global_step) | {f"validation/{name}": value for name, value in totals.items()})
+
+    def _loss(self, stage: StagePlan, batch: CodeBatch, training: bool) -> tuple[StepResult, int]:
+        """Loss (and gradients) of a global batch, of which `batch` is this rank's part; and its number of predicted tokens."""
+        micro = stage.config.micro_batch_size
+        batch = batch.to(self.info.device)
+        parts = [batch.rows(start, start + micro) for start in range(0, len(batch), micro)]
+        microbatches = [microbatch(part, stage.objective, self.plan.model, self.config.parallel, training) for part in parts]
+
+        def loss(logits: Tensor, one: Microbatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            return bitwise_loss(logits, one.targets, one.layout, stage.objective.token_weight)
+
+        result = forward_backward(self.chunks, microbatches, loss, training)
+        return result, result.clips * batch.tokens.shape[1] * batch.tokens.shape[2]
+
+    def _save(self, position: Position, stage: StagePlan) -> None:
+        common = {
+            "position": vars(position),
+            "model": stage.model.to_dict(),
+            "export": self.plan.export_info(stage.index),
+            "config": settings.to_dict(self.config),
+        }
+        checkpoint.save(self.checkpoints, position.global_step, self.chunks, self.optimizer, common, self.config.keep)
+
+
+def microbatch(
+    batch: CodeBatch, objective: ObjectiveConfig, model: ModelConfig, parallel: ParallelConfig, training: bool
+) -> Microbatch:
+    """Clips as the parallel model takes them."""
+    layout = layout_for(model, batch.tokens.shape[1], batch.schedule.scales, parallel.sequence_multiple)
+    ready = prepare(batch, objective, layout, training)
+    return Microbatch(
+        ready.inputs, layout, ready.text, ready.text_lengths, ready.frame_mask, ready.drop_condition, ready.targets
+    )
+
+
+class StopFlag:
+    """Whether SIGTERM has come; all ranks must answer alike, or one would wait for the others for ever."""
+
+    requested = False
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop. Every rank must call it."""
+        flag = torch.tensor(int(self.requested))  # on the CPU: gloo carries it beside NCCL
+        if dist.get_world_size() > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        self.requested = bool(flag)
+        return self.requested
+
+
+@contextmanager
+def _stop_signal() -> Iterator[StopFlag]:
+    flag = StopFlag()
+
+    def ask(*_: Any) -> None:
+        flag.requested = True
+
+    try:
+        before = signal.signal(signal.SIGTERM, ask)
+    except ValueError:  # not the main thread: nobody sends signals there
+        yield flag
+        return
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _head(stage: StagePlan, step: int, global_step: int) -> dict[str, Any]:
+    return {"stage": stage.config.name, "step": step, "global_step": global_step}
+
+
+def _check_batches(config: PretrainConfig, info: ProcessInfo) -> None:
+    for stage in config.stages:
+        share = stage.micro_batch_size * info.data_parallel_size
+        if stage.global_batch_size % share:
+            raise UserError(
+                f"stage '{stage.name}': global_batch_size {stage.global_batch_size} is no multiple of micro_batch_size "
+                f"{stage.micro_batch_size} x {info.data_parallel_size} data-parallel ranks: choose a multiple of {share}."
+            )
+
+
+def _check_same_run(config: PretrainConfig, model: ModelConfig, common: dict[str, Any], folder: Path) -> None:
+    """A checkpoint may go on with other settings, but not with another network or other stages than those it has seen."""
+    stored, now = common["model"], model.to_dict()
+    for name, value in stored.items():
+        if name not in ("scales", "num_frames", "fps") and value != now[name]:
+            raise UserError(
+                f"{folder} was trained with {name} = {value}, the settings say {now[name]}: name another `out` for a new run."
+            )
+    names: Sequence[str] = [stage["name"] for stage in common["config"]["stages"]]
+    mine = [stage.name for stage in config.stages]
+    seen = common["position"]["stage"] + (common["position"]["step"] > 0)
+    if mine[:seen] != list(names[:seen]):
+        raise UserError(
+            f"{folder} went through the stages {names[:seen]}, the settings begin with {mine[:seen]}: name another `out`."
+        )
