@@ -160,7 +160,7 @@ class VideoARPipeline:
         image: Any = None,
         video: Any = None,
         class_label: int | Sequence[int] | None = None,
-        prefix_frames: int | None = None,
+        given_frames: int | None = None,
         size: tuple[int, int] | None = None,
         window: int | None = None,
         batch_size: int = 16,
@@ -177,7 +177,7 @@ class VideoARPipeline:
             image: the first frame: a file, a PIL image, or uint8 [H, W, 3].
             video: frames to go on from: a file, or uint8 [T, H, W, 3] at the model's rate.
             class_label: class ids in the prompt's place.
-            prefix_frames: frames taken from the video's end, 1+4m; None: as many as fit into half of the result.
+            given_frames: frames taken from the video's end, 1+4m; None: as many as fit into half of the result.
             size: (height, width) in pixels; None: as trained.
             window: latent frames that a frame sees; None: the model's own limit.
             batch_size: clips at a time.
@@ -192,7 +192,7 @@ class VideoARPipeline:
         schedule = self.config.schedule if size is None else self.tokenizer.schedule_for(*size)
         trained = 1 + FRAMES_A_LATENT * (self.config.num_frames - 1)
         latent_frames = _latent_frames(trained if num_frames is None else num_frames)
-        given = self._given(image, video, prefix_frames, 1 + FRAMES_A_LATENT * (latent_frames - 1), schedule)
+        given = self._given(image, video, given_frames, 1 + FRAMES_A_LATENT * (latent_frames - 1), schedule)
         if len(seeds) != len(text):
             raise UserError(f"{len(seeds)} seeds were given for {len(text)} clips: give one number or one a clip.")
         clips, codes = [], []
@@ -230,7 +230,7 @@ class VideoARPipeline:
         self,
         prompts: Sequence[str],
         num_frames: int | None = None,
-        prefix_frames: int = 5,
+        given_frames: int = 5,
         seed: int = 0,
         **options: Any,
     ) -> VideoOutput:
@@ -239,15 +239,15 @@ class VideoARPipeline:
         Args:
             prompts: one a shot.
             num_frames: frames generated a shot, its prefix included; None: as trained.
-            prefix_frames: decoded frames, 1+4m, that the next shot starts from. They are dropped from its output.
+            given_frames: decoded frames, 1+4m, that the next shot starts from. They are dropped from its output.
             seed: shot i draws from seed + i.
             options: as for a call.
         """
         whole: list[np.ndarray] = []
         for index, prompt in enumerate(prompts):
             if whole:
-                tail = np.concatenate(whole)[-prefix_frames:]
-                options = {**options, "image": None, "video": tail, "prefix_frames": prefix_frames}
+                tail = np.concatenate(whole)[-given_frames:]
+                options = {**options, "image": None, "video": tail, "given_frames": given_frames}
             result = self(prompt, num_frames, seed=seed + index, **options)
             whole.append(result.frames[result.given_frames if whole else 0 :])
         return VideoOutput(np.concatenate(whole), None, 0, self.config.fps)
@@ -299,7 +299,7 @@ class VideoARPipeline:
                 )
         return [self.class_names.index(name) for name in names]
 
-    def _given(self, image: Any, video: Any, prefix_frames: int | None, num_frames: int, schedule) -> Codes | None:
+    def _given(self, image: Any, video: Any, given_frames: int | None, num_frames: int, schedule) -> Codes | None:
         """The codes of the given frames, one clip."""
         if image is None and video is None:
             return None
@@ -309,13 +309,13 @@ class VideoARPipeline:
         if image is not None:
             pixels = read_image(image, size)
         else:
-            wanted = (num_frames + 1) // 2 if prefix_frames is None else prefix_frames
+            wanted = (num_frames + 1) // 2 if given_frames is None else given_frames
             pixels = read_video(video, size, self.config.fps, last=max(1, wanted))
-            if prefix_frames is not None and len(pixels) < prefix_frames:
+            if given_frames is not None and len(pixels) < given_frames:
                 raise UserError(
-                    f"the given video has {len(pixels)} frames, not {prefix_frames}: ask for fewer prefix frames."
+                    f"the given video has {len(pixels)} frames, not {given_frames}: ask for fewer given_frames."
                 )
-            if prefix_frames is None:
+            if given_frames is None:
                 pixels = pixels[-(1 + (len(pixels) - 1) // FRAMES_A_LATENT * FRAMES_A_LATENT) :]
         clip = torch.tensor(pixels, device=self.device).float().movedim(-1, 0)[None] / 127.5 - 1  # [1, 3, T, H, W]
         return self.tokenizer.encode(clip, schedule)

@@ -87,13 +87,13 @@ def test_continuation_forces_the_end_of_the_video(pipe):
     assert result.given_frames == 5 and result.frames.shape[0] == 13  # half of 13, as 1+4m
     clip = torch.from_numpy(video[-5:]).float().movedim(-1, 0)[None] / 127.5 - 1
     assert torch.equal(result.codes.tokens()[:, :2], pipe.tokenizer.encode(clip, pipe.config.schedule).tokens())
-    assert pipe("a circle", video=video, num_frames=13, prefix_frames=9).given_frames == 9
+    assert pipe("a circle", video=video, num_frames=13, given_frames=9).given_frames == 9
 
 
 def test_shots_join_without_their_prefixes(pipe):
-    result = pipe.shots(["a circle", "a square", "a circle"], num_frames=9, prefix_frames=5, guidance=1.0)
+    result = pipe.shots(["a circle", "a square", "a circle"], num_frames=9, given_frames=5, guidance=1.0)
     assert result.frames.shape[0] == 9 + 4 + 4
-    second = pipe("a square", 9, seed=1, guidance=1.0, video=result.frames[:9][-5:], prefix_frames=5)
+    second = pipe("a square", 9, seed=1, guidance=1.0, video=result.frames[:9][-5:], given_frames=5)
     np.testing.assert_array_equal(result.frames[9:13], second.frames[5:])
 
 
@@ -160,9 +160,9 @@ def test_long_prompts_are_cut_with_a_warning(pipe):
         ({"image": "missing.png"}, "missing.png does not exist"),
         ({"video": "missing.mp4"}, "missing.mp4 does not exist"),
         ({"image": pixels(5)}, r"uint8 \[H, W, 3\]"),
-        ({"video": pixels(3), "prefix_frames": 5}, "3 frames, not 5"),
-        ({"video": pixels(9), "prefix_frames": 6}, "6 frames are not 1[+]4n"),
-        ({"video": pixels(20), "num_frames": 9, "prefix_frames": 9, "guidance": "x"}, "guidance 'x'"),
+        ({"video": pixels(3), "given_frames": 5}, "3 frames, not 5"),
+        ({"video": pixels(9), "given_frames": 6}, "6 frames are not 1[+]4n"),
+        ({"video": pixels(20), "num_frames": 9, "given_frames": 9, "guidance": "x"}, "guidance 'x'"),
         ({"size": (40, 32)}, "height 40 is not a multiple of 16"),
         ({"class_label": 1}, "give a prompt"),
         ({"seed": [1, 2]}, "2 seeds were given for 1 clips"),
