@@ -145,7 +145,7 @@ class ShuffledRows:
 
     def _permuted_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The order of the shards, and where each window ends in the epoch."""
-        order = _permutation(len(self.rows_per_shard), (*self.key, epoch))
+        order = _permutation(len(self.rows_per_shard), (*self.key, epoch, 0))
         ends = self.rows_per_shard[order].cumsum()
         last = [*range(self.window - 1, len(order) - 1, self.window), len(order) - 1]
         return order, ends[last]
@@ -154,7 +154,7 @@ class ShuffledRows:
         order, _ = self._shards(epoch)
         shards = order[window * self.window : (window + 1) * self.window]
         rows = np.concatenate([self.starts[s] + np.arange(self.rows_per_shard[s]) for s in shards])
-        return rows[_permutation(len(rows), (*self.key, epoch, window))]
+        return rows[_permutation(len(rows), (*self.key, epoch, 1 + window))]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"rows_per_shard": self.rows_per_shard, "key": self.key, "shards_per_window": self.window}

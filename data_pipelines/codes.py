@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class Manifest:
         has_latents: records hold latents.
         rows: records in all shards.
         dead: clips that could not be encoded (listed in `dead_letter.jsonl`).
-        num_classes: classes of the raw shards, 0 where there are none.
+        classes: names of the classes in the order of `class_id`; empty where there are none.
         format: of the records.
     """
 
@@ -70,7 +70,7 @@ class Manifest:
     has_latents: bool
     rows: int
     dead: int
-    num_classes: int = 0
+    classes: list[str] = field(default_factory=list)
     format: int = FORMAT
 
     @property

@@ -1,0 +1,227 @@
+"""Pre-encoding: raw shards -> code shards, by a pool of Ray actors (DESIGN section 5).
+
+    videoar encode --shards shards/train --tokenizer runs/tokenizer --out codes --variants 32x32x17,64x64x17
+    videoar encode ... --ray-address auto                  on a running Ray cluster with a shared file system
+
+Each variant becomes a folder of its own below `out`. One task is one raw shard at one size (`encode_worker`); this driver
+hands tasks to actors that are ready, re-queues the task of an actor that died, sets a row aside that killed its actor
+three times, and merges the indexes when all receipts add up. It holds no state that a restart would miss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from streaming.base.util import merge_index
+
+from data_pipelines.codes import MANIFEST, Manifest
+from data_pipelines.encode_worker import TEMPORARY, Job, Task, Variant, read_receipt, sync
+from data_pipelines.random_access import ShardFolder
+from data_pipelines.shards import read_shards_receipt
+from tokenizer import UserError, VideoTokenizer
+from tokenizer.text import text_encoder
+
+JOB = "job.json"
+DEAD_LETTERS = "dead_letter.jsonl"
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """Settings of `videoar encode`.
+
+    Args:
+        shards: folder of raw shards (`videoar shards`).
+        tokenizer: folder of a trained tokenizer.
+        out: where the code shards go, one folder a variant.
+        variants: sizes, each HEIGHTxWIDTHxFRAMES.
+        latents: store float16 latents too (eight times the size of the bits; makes re-quantised targets exact).
+        text_encoder: "bytes", or "t5:" and a directory.
+        text_dim: width of the text features.
+        fps: rate that clips are sampled at; None: each video's own.
+        batch_size: clips a tokenizer call.
+        num_workers: Ray actors; 0: as many as the machine's cores or GPUs hold.
+        threads: CPU threads of an actor.
+        device: "cpu" or "cuda" (one GPU an actor).
+        ray_address: of a running cluster, such as "auto"; None: Ray inside this machine.
+    """
+
+    shards: str
+    tokenizer: str
+    out: str
+    variants: list[str] = field(default_factory=lambda: ["64x64x17"])
+    latents: bool = False
+    text_encoder: str = "bytes"
+    text_dim: int = 64
+    fps: float | None = None
+    batch_size: int = 8
+    num_workers: int = 0
+    threads: int = 1
+    device: str = "cpu"
+    ray_address: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.variants or len(set(self.variants)) < len(self.variants):
+            raise UserError(f"the variants {self.variants} are empty or repeat themselves: name each size once.")
+        for variant in self.variants:
+            Variant.parse(variant)
+        if min(self.batch_size, self.threads) < 1 or self.num_workers < 0:
+            raise UserError("batch_size and threads must be at least 1 and num_workers at least 0: mend the settings.")
+        if self.device not in ("cpu", "cuda"):
+            raise UserError(f"the device '{self.device}' is unknown: choose cpu or cuda.")
+
+
+@dataclass(frozen=True)
+class EncodeSummary:
+    """What became of one variant's clips: rows_in = rows_out + dead.
+
+    Args:
+        variant: its name.
+        rows_in: clips in the raw shards.
+        rows_out: clips encoded.
+        dead: clips listed in `dead_letter.jsonl`.
+        already_done: nothing had to be done.
+    """
+
+    variant: str
+    rows_in: int
+    rows_out: int
+    dead: int
+    already_done: bool
+
+
+def encode(config: EncodeConfig) -> list[EncodeSummary]:
+    """Encodes all raw shards at all sizes, or what is left of that from an earlier run.
+
+    Returns:
+        one summary a variant.
+
+    Raises:
+        UserError: something is missing, the output was made otherwise, or no clip of a variant could be encoded.
+    """
+    config = replace(
+        config,
+        shards=os.path.abspath(config.shards),
+        tokenizer=os.path.abspath(config.tokenizer),
+        out=os.path.abspath(config.out),
+    )
+    classes = read_shards_receipt(Path(config.shards))["classes"]
+    raw = ShardFolder(config.shards)
+    tokenizer = VideoTokenizer.from_pretrained(config.tokenizer)
+    jobs = [_job(config, tokenizer.fingerprint, variant) for variant in config.variants]
+    folders = [Path(config.out, variant) for variant in config.variants]
+    done_before = [_claim(folder, job) for folder, job in zip(folders, jobs)]
+    tasks = [
+        Task(job=job, out=str(folder), shard=shard, attempt="")
+        for job, folder, done in zip(jobs, folders, done_before)
+        if not done
+        for shard in range(len(raw.shards))
+        if read_receipt(folder, shard) is None
+    ]
+    if tasks:
+        # Ray takes seconds to start, so only for work that is there
+        from data_pipelines.encode_pool import EncoderPool
+
+        with EncoderPool(
+            config.shards, config.tokenizer, config.device, config.num_workers, config.threads, config.ray_address
+        ) as pool:
+            pool.run(tasks, raw.rows_per_shard.tolist())
+    summaries = []
+    for folder, job, done in zip(folders, jobs, done_before):
+        if not done:
+            _finish(folder, job, raw, classes, tokenizer)
+        manifest = Manifest.read(folder)
+        summaries.append(EncodeSummary(job.variant, len(raw), manifest.rows, manifest.dead, done))
+    for summary in summaries:
+        state = "finished before, nothing to do" if summary.already_done else "done"
+        print(f"{summary.variant}: {state}: {summary.rows_in} clips in, {summary.rows_out} encoded, {summary.dead} could not be read.")
+    return summaries
+
+
+def _job(config: EncodeConfig, fingerprint: str, variant: str) -> Job:
+    index = Path(config.shards, "index.json").read_bytes()
+    return Job(
+        variant=variant,
+        shards=hashlib.sha256(index).hexdigest()[:16],
+        fingerprint=fingerprint,
+        text_encoder=config.text_encoder,
+        text_fingerprint=text_encoder(config.text_encoder, config.text_dim).fingerprint,
+        text_dim=config.text_dim,
+        latents=config.latents,
+        batch_size=config.batch_size,
+        fps=config.fps,
+    )
+
+
+def _claim(folder: Path, job: Job) -> bool:
+    """Makes the folder this job's own; True if the job was finished before."""
+    if not (folder / JOB).is_file():
+        if folder.exists() and any(entry.name != TEMPORARY for entry in folder.iterdir()):
+            raise UserError(f"{folder} exists and was not written by `videoar encode`: name another --out, or move it away.")
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / JOB, json.dumps(asdict(job), indent=1, sort_keys=True))
+    content = json.loads((folder / JOB).read_text())
+    differing = sorted(key for key, value in asdict(job).items() if content.get(key) != value)
+    if differing:
+        what = ", ".join(f"{key} {content.get(key)} instead of {getattr(job, key)}" for key in differing)
+        raise UserError(f"{folder} holds codes made with other settings ({what}): name another --out, or delete it.")
+    return (folder / MANIFEST).is_file()
+
+
+def _finish(folder: Path, job: Job, raw: ShardFolder, classes: list[str], tokenizer: VideoTokenizer) -> None:
+    """Checks that all receipts add up, merges the indexes, and writes the manifest, which makes the folder whole."""
+    variant = Variant.parse(job.variant)
+    receipts = []
+    for shard, rows in enumerate(raw.rows_per_shard.tolist()):
+        receipt = read_receipt(folder, shard)
+        if receipt is None or receipt["job"] != asdict(job):
+            raise UserError(f"the shard {folder}/{shard:05d} is missing or of another run: start `videoar encode` again.")
+        if not rows == receipt["rows_in"] == receipt["rows_out"] + len(receipt["dead"]):
+            raise UserError(
+                f"the counts of {folder}/{shard:05d} do not add up ({rows} rows, {receipt['rows_out']} encoded, "
+                f"{len(receipt['dead'])} dead): delete it and start `videoar encode` again."
+            )
+        receipts.append(receipt)
+    letters = [{"shard": receipt["shard"], **letter} for receipt in receipts for letter in receipt["dead"]]
+    _write(folder / DEAD_LETTERS, "".join(json.dumps(letter, sort_keys=True) + "\n" for letter in letters))
+    rows_out = sum(receipt["rows_out"] for receipt in receipts)
+    if not rows_out:
+        raise UserError(
+            f"none of the {len(raw)} clips of {raw.path} could be encoded at {job.variant}: the reasons are in {folder / DEAD_LETTERS}."
+        )
+    merged = folder / TEMPORARY / f"index.{uuid.uuid4().hex}"
+    merged.mkdir(parents=True)
+    merge_index([str(folder / f"{shard:05d}" / "index.json") for shard in range(len(receipts))], str(merged))
+    os.replace(merged / "index.json", folder / "index.json")
+    sync(folder / "index.json")
+    manifest = Manifest(
+        fingerprint=job.fingerprint,
+        schedule=tokenizer.schedule_for(variant.height, variant.width).to_list(),
+        num_frames=1 + (variant.frames - 1) // 4,
+        dim=tokenizer.quantizer.dim,
+        clip_frames=variant.frames,
+        height=variant.height,
+        width=variant.width,
+        fps=job.fps,
+        text_encoder=job.text_encoder,
+        text_fingerprint=job.text_fingerprint,
+        text_dim=job.text_dim,
+        has_latents=job.latents,
+        rows=rows_out,
+        dead=len(letters),
+        classes=classes,
+    )
+    _write(folder / MANIFEST, manifest.to_json())
+    shutil.rmtree(folder / TEMPORARY, ignore_errors=True)
+
+
+def _write(file: Path, content: str) -> None:
+    part = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    part.write_text(content)
+    sync(part)
+    os.replace(part, file)

@@ -1,0 +1,266 @@
+"""One raw shard -> one folder of code shards: what an encoding worker does. Knows nothing of Ray.
+
+A worker writes to `<out>/.tmp/<shard>.<attempt>/`, finishes the MDS files, syncs a receipt to disk and renames the folder to
+`<out>/<shard>/`: a shard is done if and only if its receipt is there, wherever the worker was killed. Nothing in the
+folder depends on time, attempt or worker, so two runs write the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from streaming import MDSWriter
+from torch import Tensor
+
+from data_pipelines.clips import read_clip
+from data_pipelines.codes import columns, to_record
+from data_pipelines.decode import DecodeError, choose_decoder
+from data_pipelines.random_access import HASH, ShardFolder
+from tokenizer import UserError, VideoTokenizer
+from tokenizer.text import TextEncoder, text_encoder
+from tokenizer.tokenizer import check_num_frames
+
+RECEIPT = "receipt.json"
+TEMPORARY = ".tmp"
+SIZE_LIMIT = 1 << 29  # bytes a code file; MDS can address 4 GiB
+NO_ROW = -1  # in a breadcrumb: no single row is to blame
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A size that clips are encoded at, written HEIGHTxWIDTHxFRAMES, for example 64x64x17."""
+
+    height: int
+    width: int
+    frames: int
+
+    @classmethod
+    def parse(cls, text: str) -> Variant:
+        """Reads a variant's name.
+
+        Raises:
+            UserError: not three numbers, frames not 1+4n, or a side that is not a multiple of 16.
+        """
+        if not re.fullmatch(r"[0-9]+x[0-9]+x[0-9]+", text):
+            raise UserError(f"the variant '{text}' is not HEIGHTxWIDTHxFRAMES: write for example 64x64x17.")
+        variant = cls(*map(int, text.split("x")))
+        check_num_frames(variant.frames)
+        for side in (variant.height, variant.width):
+            if side < 16 or side % 16:
+                near = max(16, round(side / 16) * 16)
+                raise UserError(f"the variant '{text}' has a side of {side}, which is not a multiple of 16: choose {near}.")
+        return variant
+
+    @property
+    def name(self) -> str:
+        return f"{self.height}x{self.width}x{self.frames}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that decides the content of a variant's code shards; two outputs with equal jobs are interchangeable.
+
+    Args:
+        variant: the clips' size.
+        shards: digest of the raw shards' index.
+        fingerprint: of the tokenizer.
+        text_encoder: specification, text_fingerprint: of its features, text_dim: their width.
+        latents: store float16 latents too.
+        batch_size: clips a tokenizer call (a convolution's last bits may depend on it).
+        fps: rate that clips are sampled at; None: each video's own.
+    """
+
+    variant: str
+    shards: str
+    fingerprint: str
+    text_encoder: str
+    text_fingerprint: str
+    text_dim: int
+    latents: bool
+    batch_size: int
+    fps: float | None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One raw shard at one size.
+
+    Args:
+        job: what to make.
+        out: the variant's folder.
+        shard: number of the raw shard.
+        attempt: a name of its own for this try.
+        quarantined: rows that killed earlier tries; they go to the dead letters unseen.
+    """
+
+    job: Job
+    out: str
+    shard: int
+    attempt: str
+    quarantined: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.shard:05d}"
+
+    @property
+    def breadcrumb(self) -> Path:
+        """Where this try notes the row that it is working on."""
+        return Path(self.out, TEMPORARY, f"{self.name}.{self.attempt}.row")
+
+
+def read_receipt(out: str | Path, shard: int) -> dict[str, Any] | None:
+    """The receipt of a finished shard, or None."""
+    try:
+        return json.loads(Path(out, f"{shard:05d}", RECEIPT).read_text())
+    except FileNotFoundError:
+        return None
+
+
+class ShardEncoder:
+    """Encodes raw shards; holds the tokenizer and the text encoder.
+
+    Args:
+        shards: folder of raw shards.
+        tokenizer: folder of the tokenizer.
+        device: "cpu" or "cuda".
+        threads: of torch, in this process.
+    """
+
+    def __init__(self, shards: str, tokenizer: str, device: str, threads: int):
+        torch.set_num_threads(threads)
+        self.shards = ShardFolder(shards)
+        self.decoder = choose_decoder()
+        self.tokenizer = VideoTokenizer.from_pretrained(tokenizer, device)
+        self.device = device
+
+    def encode(self, task: Task) -> dict[str, Any]:
+        """Encodes one shard and puts it in its place.
+
+        Returns:
+            the receipt: {"job", "rows_in", "rows_out", "dead": [{"row", "source", "reason"}]}.
+
+        Raises:
+            UserError: the raw shard is damaged, or the tokenizer is not the job's.
+        """
+        job, final = task.job, Path(task.out, task.name)
+        if self.tokenizer.fingerprint != job.fingerprint:
+            raise UserError(f"the tokenizer changed while it was in use (now {self.tokenizer.fingerprint}): start `videoar encode` again.")
+        folder = Path(task.out, TEMPORARY, f"{task.name}.{task.attempt}")
+        folder.mkdir(parents=True)
+        try:
+            dead: list[dict[str, Any]] = []
+            rows_out = 0
+            # finish() is called on success only: leaving MDSWriter's `with` by an exception would write an index that looks whole
+            writer = MDSWriter(columns=columns(job.latents), out=str(folder), hashes=[HASH], size_limit=SIZE_LIMIT)
+            for record in self._records(task, dead):
+                writer.write(record)
+                rows_out += 1
+            writer.finish()
+            receipt = {
+                "job": asdict(job),
+                "shard": task.shard,
+                "rows_in": int(self.shards.rows_per_shard[task.shard]),
+                "rows_out": rows_out,
+                "dead": dead,
+            }
+            for file in folder.iterdir():
+                sync(file)
+            with open(folder / RECEIPT, "w") as out:
+                json.dump(receipt, out, indent=1, sort_keys=True)
+            sync(folder / RECEIPT)
+            try:
+                os.rename(folder, final)
+            except OSError:
+                # another run has put the same shard there in the meantime
+                if read_receipt(task.out, task.shard) != receipt:
+                    raise
+            sync(Path(task.out))
+            return receipt
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            task.breadcrumb.unlink(missing_ok=True)
+
+    def _records(self, task: Task, dead: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Code records of the shard's good rows in order; the others are added to `dead`."""
+        job, variant = task.job, Variant.parse(task.job.variant)
+        encoder = text_encoder(job.text_encoder, job.text_dim, self.device)
+        clips: list[Tensor] = []
+        raws: list[dict[str, Any]] = []
+        for row in range(int(self.shards.rows_per_shard[task.shard])):
+            _note(task, row, row)
+            raw = self.shards.read(task.shard, row)
+            try:
+                if row in task.quarantined:
+                    raise DecodeError("the worker's process died at it, each time it was tried")
+                frames = read_clip(raw, self.decoder, variant.frames, variant.height, variant.width, job.fps)
+                clips.append(to_video(frames))
+                raws.append(raw)
+            except DecodeError as error:
+                # addresses of objects would make two runs' bytes differ
+                dead.append({"row": row, "source": raw["source"], "reason": re.sub(r"0x[0-9a-f]+", "0x", str(error))})
+            if len(clips) == job.batch_size:
+                yield from self._encode_batch(task, row, encoder, clips, raws)
+                clips, raws = [], []
+        if clips:
+            yield from self._encode_batch(task, row, encoder, clips, raws)
+
+    def _encode_batch(
+        self, task: Task, row: int, encoder: TextEncoder, clips: list[Tensor], raws: list[dict[str, Any]]
+    ) -> Iterator[dict[str, Any]]:
+        _note(task, NO_ROW, row)  # a crash in here (memory, a device) is no row's fault
+        with torch.inference_mode():
+            video = torch.stack(clips).to(self.device)  # [B, 3, 1+4n, H, W]
+            latents, tokens = encode_clips(self.tokenizer, video)
+        for number, raw in enumerate(raws):
+            text = encoder.encode(raw["caption"])
+            yield to_record(tokens[number], latents[number] if task.job.latents else None, text, raw)
+
+
+def encode_clips(tokenizer: VideoTokenizer, video: Tensor) -> tuple[Tensor, Tensor]:
+    """Video [B, 3, 1+4n, H, W] in [-1, 1] -> latents float16 [B, T, d, H, W] and tokens bool [B, T, N, d], on the CPU.
+
+    The bits are those of the *rounded* latents, computed on the CPU: whoever quantises the stored latents again gets exactly
+    the stored bits.
+    """
+    latents = tokenizer.encode_latent(video).movedim(1, 2).to("cpu", torch.float16).contiguous()  # [B, T, d, H, W]
+    schedule = tokenizer.schedule_for(*video.shape[-2:])
+    codes = tokenizer.quantizer.quantize(latents.float().movedim(1, 2), schedule)
+    return latents, codes.tokens()
+
+
+def to_video(frames: np.ndarray) -> Tensor:
+    """Frames uint8 [1+4n, H, W, 3] -> float32 [3, 1+4n, H, W] in [-1, 1]."""
+    return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
+
+
+def sync(path: Path) -> None:
+    """Makes a file's or folder's content survive a power loss."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _note(task: Task, blame: int, row: int) -> None:
+    # for the driver to read should this process die; a crash of the machine is not the row's doing, so no fsync
+    task.breadcrumb.write_text(f"{blame} {row}")
+
+
+def read_breadcrumb(task: Task) -> tuple[int, int]:
+    """(the row to blame if the worker has died, or NO_ROW; the row that it has come to)."""
+    try:
+        blame, row = task.breadcrumb.read_text().split()
+        return int(blame), int(row)
+    except (FileNotFoundError, ValueError):  # not begun, or cut off while writing
+        return NO_ROW, 0
