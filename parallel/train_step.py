@@ -116,7 +116,7 @@ def build_optimizer(
     Args:
         chunks: of `build_model`, with their weights loaded.
         lr: the first learning rate; `update` sets it anew each step.
-        weight_decay: of matrices; norms, biases and learnt tokens do not decay.
+        weight_decay: of matrices and embedding tables; vectors (norms, biases, the start token) do not decay.
         betas: of the moments.
         eps: of the denominator.
         clip_grad: the global gradient norm is clipped to this; it must be above 0 for the norm to be measured.
@@ -232,6 +232,8 @@ def update(optimizer: MegatronOptimizer, lr: float) -> float:
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
+        # megatron leaves this to its scheduler; a loaded checkpoint brings the old value, and the configuration decides
+        group["weight_decay"] = optimizer.config.weight_decay * group["wd_mult"]
     with cuda_redirected():
         _, norm, _ = optimizer.step()
     return float(norm)
