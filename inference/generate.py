@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.pipeline import VideoARPipeline
-from inference.video_io import write_video
+from inference.video_io import read_video, write_video
 from tokenizer.errors import UserError
 from tokenizer.progress import Meter
 
@@ -36,18 +36,32 @@ def read_prompts(file: Path) -> list[str]:
     return prompts
 
 
-def generate_file(pipe: VideoARPipeline, prompt: str, out: Path, frames: int, seed: int, **options: Any) -> Path:
+def generate_file(
+    pipe: VideoARPipeline,
+    prompt: str,
+    out: Path,
+    frames: int | None,
+    seed: int,
+    video: Path | None = None,
+    video_frames: int | None = None,
+    **options: Any,
+) -> Path:
     """Generates one video into `out`.
 
     Args:
         pipe: the model.
         prompt: what to show.
         out: an .mp4, .gif or .png file.
-        frames: its length, 1+4n.
+        frames: its length, 1+4n; None: as trained.
         seed: of its noise.
+        video: a file to go on from.
+        video_frames: use only its first so many frames.
         options: of the pipeline's call.
     """
-    clip = pipe(prompt=prompt, num_frames=frames, seed=seed, **options).frames
+    start: Any = video
+    if video is not None and video_frames is not None:
+        start = read_video(video, pipe.size, pipe.fps)[:video_frames]
+    clip = pipe(prompt=prompt, num_frames=frames, seed=seed, video=start, **options).frames
     out.parent.mkdir(parents=True, exist_ok=True)
     write_video(clip, out, pipe.fps)
     return out
@@ -57,7 +71,7 @@ def generate_folder(
     pipe: VideoARPipeline,
     prompt_file: Path,
     out: Path,
-    frames: int,
+    frames: int | None,
     samples: int,
     seed: int,
     batch_size: int,

@@ -145,6 +145,12 @@ class VideoARPipeline:
         """Frames a second of the results."""
         return self.config.fps
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the results in pixels."""
+        height, width = self.config.schedule.grid
+        return height * PIXELS_A_TOKEN, width * PIXELS_A_TOKEN
+
     def frames_for(self, seconds: float) -> int:
         """The number of frames, 1+4n, that comes nearest to a duration."""
         return 1 + FRAMES_A_LATENT * max(0, round((seconds * self.config.fps - 1) / FRAMES_A_LATENT))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ class DemoConfig:
         frames: of each clip, 1+4n.
         size: height and width of the clips.
         variants: HEIGHTxWIDTHxFRAMES that the clips are encoded at.
+        latents: store latents beside the bits, so that re-quantised targets are exact.
         shard_size: the largest raw shard; encoding hands out work by the shard.
         tokenizer_config: recipe of the tokenizer, from the project's root.
         pretrain_config: recipe of the transformer, from the project's root.
@@ -41,7 +43,8 @@ class DemoConfig:
     frames: int = 17
     size: int = 64
     variants: tuple[str, ...] = ("32x32x17", "64x64x17")
-    shard_size: str = "4mb"
+    latents: bool = True
+    shard_size: str = "2mb"
     tokenizer_config: str = "tokenizer/configs/demo.yaml"
     pretrain_config: str = "pretrain/configs/demo/pretrain.yaml"
     processes: int = 2
@@ -87,7 +90,7 @@ def plan(config: DemoConfig, out: Path) -> list[Step]:
     def encode(split: str) -> tuple[str, ...]:
         return videoar(
             "encode", "--shards", shards / split, "--tokenizer", out / "tokenizer", "--out", codes / split,
-            "--variants", "[" + ",".join(config.variants) + "]",
+            "--variants", json.dumps(config.variants), "--latents", json.dumps(config.latents),
         )  # fmt: skip
 
     def generate(*words: object) -> tuple[str, ...]:
@@ -122,7 +125,7 @@ def plan(config: DemoConfig, out: Path) -> list[Step]:
         "generate": [
             generate("--prompt-file", corpus / "prompts.csv", "--samples", config.samples, "--out", samples / "prompts"),
             generate("--prompt", caption, "--image", given, "--out", samples / "image_to_video.mp4"),
-            generate("--prompt", caption, "--video", given, "--given-frames", config.given_frames, "--out", samples / "continuation.mp4"),
+            generate("--prompt", caption, "--video", given, "--video-frames", config.given_frames, "--out", samples / "continuation.mp4"),
         ],
         "evaluate": [
             videoar(

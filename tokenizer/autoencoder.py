@@ -105,7 +105,11 @@ class Encoder(nn.Module):
     def forward(self, video: Tensor) -> Tensor:
         batch, _, frames = video.shape[:3]
         # [B, 3, T, H, W] -> [B * T, 3 p^2, H / p, W / p] -> [B, 3 p^2, T, H / p, W / p]
-        pixels = F.pixel_unshuffle(video.transpose(1, 2).flatten(0, 1), self.patch).unflatten(0, (batch, frames)).transpose(1, 2)
+        pixels = (
+            F.pixel_unshuffle(video.transpose(1, 2).flatten(0, 1), self.patch)
+            .unflatten(0, (batch, frames))
+            .transpose(1, 2)
+        )
         features = self.conv_in(pixels.contiguous(memory_format=torch.channels_last_3d))
         for level in self.down:
             features = level(features)
@@ -137,4 +141,8 @@ class Decoder(nn.Module):
         pixels = self.conv_out(F.silu(self.norm_out(features)))
         batch, _, frames = pixels.shape[:3]
         # [B, 3 p^2, T, H, W] -> [B * T, 3, p H, p W] -> [B, 3, T, p H, p W]
-        return F.pixel_shuffle(pixels.transpose(1, 2).flatten(0, 1), self.patch).unflatten(0, (batch, frames)).transpose(1, 2)
+        return (
+            F.pixel_shuffle(pixels.transpose(1, 2).flatten(0, 1), self.patch)
+            .unflatten(0, (batch, frames))
+            .transpose(1, 2)
+        )

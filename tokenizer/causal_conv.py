@@ -20,7 +20,14 @@ class CausalConv3d(nn.Conv3d):
         stride: (time, space) strides; a spatial stride of 2 pads one pixel right and below, as the Infinity tokenizers do.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, temporal_kernel: int = 3, stride: tuple[int, int] = (1, 1)):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int = 3,
+        temporal_kernel: int = 3,
+        stride: tuple[int, int] = (1, 1),
+    ):
         side = kernel // 2 if stride[1] == 1 else 0
         super().__init__(
             in_channels,
@@ -63,7 +70,9 @@ class ResidualBlock(nn.Module):
         self.norm2 = FrameNorm(out_channels)
         self.conv2 = CausalConv3d(out_channels, out_channels, temporal_kernel=temporal_kernel)
         self.nin_shortcut = (
-            CausalConv3d(in_channels, out_channels, kernel=1, temporal_kernel=1) if in_channels != out_channels else nn.Identity()
+            CausalConv3d(in_channels, out_channels, kernel=1, temporal_kernel=1)
+            if in_channels != out_channels
+            else nn.Identity()
         )
 
     def forward(self, features: Tensor) -> Tensor:

@@ -28,7 +28,9 @@ class Codes:
     def __post_init__(self) -> None:
         shapes = [tuple(b.shape[2:4]) for b in self.bits]
         if shapes != list(self.schedule.scales):
-            raise UserError(f"codes of grids {shapes} do not fit the schedule {self.schedule.scales}: use the schedule they were made with.")
+            raise UserError(
+                f"codes of grids {shapes} do not fit the schedule {self.schedule.scales}: use the schedule they were made with."
+            )
 
     @property
     def num_frames(self) -> int:
@@ -63,7 +65,9 @@ def pack_tokens(tokens: Tensor) -> bytes:
         UserError: d is not a multiple of 8.
     """
     if tokens.shape[-1] % 8:
-        raise UserError(f"{tokens.shape[-1]} bits a token can't be packed into whole bytes: choose d as a multiple of 8.")
+        raise UserError(
+            f"{tokens.shape[-1]} bits a token can't be packed into whole bytes: choose d as a multiple of 8."
+        )
     return np.packbits(tokens.cpu().numpy().astype(bool)).tobytes()
 
 

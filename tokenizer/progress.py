@@ -64,7 +64,11 @@ class Meter:
         rate = self.done / max(elapsed, 1e-9)
         left = f", {(self.total - self.done) / rate:.0f} s left" if self.total and rate > 0 else ""
         of = f"/{self.total}" if self.total else ""
-        print(f"{self.label}: {self.done}{of} ({rate:.2f}/s, {elapsed:.0f} s{left}) {self.note}", file=sys.stderr, flush=True)
+        print(
+            f"{self.label}: {self.done}{of} ({rate:.2f}/s, {elapsed:.0f} s{left}) {self.note}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:

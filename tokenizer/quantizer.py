@@ -47,9 +47,16 @@ class MultiScaleQuantizer(nn.Module):
         entropy_gamma: weight of the diversity term in L = mean sum h(p) - gamma sum h(mean p).
     """
 
-    def __init__(self, dim: int = 48, residual_down: DownMode = "area", entropy_beta: float | None = None, entropy_gamma: float = 1.0):
+    def __init__(
+        self,
+        dim: int = 48,
+        residual_down: DownMode = "area",
+        entropy_beta: float | None = None,
+        entropy_gamma: float = 1.0,
+    ):
         super().__init__()
-        self.dim, self.residual_down = dim, residual_down
+        self.dim = dim
+        self.residual_down: DownMode = residual_down
         self.entropy_beta = dim / 4 if entropy_beta is None else entropy_beta
         self.entropy_gamma = entropy_gamma
 

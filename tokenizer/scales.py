@@ -25,10 +25,14 @@ class ScaleSchedule:
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", tuple((int(h), int(w)) for h, w in self.scales))
         if not self.scales or min(min(grid) for grid in self.scales) < 1:
-            raise UserError(f"the scale schedule {self.scales} is empty or has a grid below 1x1: give grids such as (1, 1), (2, 2).")
+            raise UserError(
+                f"the scale schedule {self.scales} is empty or has a grid below 1x1: give grids such as (1, 1), (2, 2)."
+            )
         for coarse, fine in zip(self.scales, self.scales[1:]):
             if fine[0] < coarse[0] or fine[1] < coarse[1] or fine == coarse:
-                raise UserError(f"the scale schedule {self.scales} shrinks from {coarse} to {fine}: order the scales coarse to fine.")
+                raise UserError(
+                    f"the scale schedule {self.scales} shrinks from {coarse} to {fine}: order the scales coarse to fine."
+                )
 
     @classmethod
     def square(cls, size: int, num_scales: int) -> ScaleSchedule:

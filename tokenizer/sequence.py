@@ -101,7 +101,9 @@ class SequenceLayout:
         """
         batch, device = text_lengths.shape[0], text_lengths.device
         result = torch.zeros(batch, self.length, 3, device=device)
-        result[:, : self.text_length] = torch.arange(self.text_length, device=device, dtype=torch.float32)[None, :, None]
+        result[:, : self.text_length] = torch.arange(self.text_length, device=device, dtype=torch.float32)[
+            None, :, None
+        ]
         if flat:
             video = torch.arange(self.video_tokens, device=device, dtype=torch.float32)[:, None].expand(-1, 3)
         else:
@@ -110,7 +112,9 @@ class SequenceLayout:
         result[:, self.text_length : self.text_length + self.video_tokens] = start + video
         return result
 
-    def attention_mask(self, text_lengths: Tensor, frame_mask: Tensor | None = None, window: int | None = None) -> Tensor:
+    def attention_mask(
+        self, text_lengths: Tensor, frame_mask: Tensor | None = None, window: int | None = None
+    ) -> Tensor:
         """Which key each query sees, bool [B, S, S] with True = visible (Eq. 9).
 
         A token of (t, k) sees all valid text, every block of the frames in S_t = {t' in [t-w, t-1] : m_{t,t'} = 1}, and its own
@@ -150,6 +154,7 @@ def input_scales(schedule: ScaleSchedule, dim: int, input_down: DownMode = "bili
     Entry 0 is for the first input of a frame t > 0 (the area mean of the frame before), entry k for block k, entry K for a context
     block. They are exact for independent fair bits: the maps are linear, so the variance is the sum of the squared weights.
     """
+
     def mean_square(scales: int, grid: tuple[int, int], mode: DownMode) -> float:
         total = 0.0
         for height, width in schedule.scales[:scales]:
@@ -165,7 +170,9 @@ def input_scales(schedule: ScaleSchedule, dim: int, input_down: DownMode = "bili
     return torch.tensor([value**-0.5 for value in values], dtype=torch.float32)
 
 
-def block_input(total: Tensor, block: int, layout: SequenceLayout, scales: Tensor, input_down: DownMode = "bilinear") -> Tensor:
+def block_input(
+    total: Tensor, block: int, layout: SequenceLayout, scales: Tensor, input_down: DownMode = "bilinear"
+) -> Tensor:
     """The input of one block from a frame's accumulated features.
 
     Args:
@@ -202,4 +209,3 @@ def video_inputs(codes: Codes, layout: SequenceLayout, input_down: DownMode = "b
     if layout.context_block:
         blocks.append(block_input(total, layout.schedule.num_scales, layout, scales, input_down))
     return torch.cat(blocks, dim=2).flatten(1, 2)  # [B, T, N, d] -> [B, V, d]
-

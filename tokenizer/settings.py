@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import re
 import tempfile
+import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,12 +36,14 @@ def load(kind: type[T], file: str | Path | None = None, overrides: Sequence[str]
     words = []
     if file is not None:
         words = ["--config", str(_checked_file(kind, Path(file)))]
+    overrides = [_underscored(word) for word in overrides]
     for word in overrides:
         if word.startswith("--"):
             _check_key(kind, word[2:].split("=", 1)[0], "the command line")
     try:
         namespace = parser.parse_args([*words, *overrides])
-        return kind(**{field.name: parser.instantiate_classes(namespace)[field.name] for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
+        values = parser.instantiate_classes(namespace)
+        return kind(**{name: values[name] for name in _fields(kind)})
     except (ArgumentError, TypeError) as error:
         where = f"{file} and the command line" if file else "the command line"
         raise UserError(f"the settings of {where} do not fit {kind.__name__}: {_first_lines(error)}.") from error
@@ -67,19 +70,26 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
-def known_keys(kind: type) -> Iterator[str]:
+def known_keys(kind: Any) -> Iterator[str]:
     """All dotted keys of a configuration class."""
-    for field in dataclasses.fields(kind):
-        yield field.name
-        inner = _field_type(kind, field.name)
+    for name, inner in _fields(kind).items():
+        yield name
         if dataclasses.is_dataclass(inner):
-            yield from (f"{field.name}.{key}" for key in known_keys(inner))  # type: ignore[arg-type]
+            yield from (f"{name}.{key}" for key in known_keys(inner))
 
 
-def _field_type(kind: type, name: str) -> Any:
-    import typing
+def _fields(kind: Any) -> dict[str, Any]:
+    """The fields of a dataclass and their types."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
-    return typing.get_type_hints(kind)[name]
+
+def _underscored(word: str) -> str:
+    """--shard-size is as good as --shard_size."""
+    if not word.startswith("--"):
+        return word
+    key, sign, value = word.partition("=")
+    return "--" + key[2:].replace("-", "_") + sign + value
 
 
 def _checked_file(kind: type, file: Path) -> Path:
@@ -97,12 +107,12 @@ def _checked_file(kind: type, file: Path) -> Path:
 
 
 def _keys_in(kind: Any, content: dict, prefix: str = "") -> Iterator[str]:
+    fields = _fields(kind)
     for key, value in content.items():
         yield f"{prefix}{key}"
-        if isinstance(value, dict) and f"{key}" in {f.name for f in dataclasses.fields(kind)}:
-            inner = _field_type(kind, key)
-            if dataclasses.is_dataclass(inner):
-                yield from ((f"{prefix}{key}.{k}") for k in _keys_in(inner, value))
+        inner = fields.get(key)
+        if isinstance(value, dict) and dataclasses.is_dataclass(inner):
+            yield from _keys_in(inner, value, f"{prefix}{key}.")
 
 
 def _check_key(kind: type, key: str, where: str) -> None:
@@ -116,3 +126,12 @@ def _check_key(kind: type, key: str, where: str) -> None:
 
 def _first_lines(error: Exception) -> str:
     return " ".join(str(error).split())[:400].rstrip(". ")
+
+
+def describe(kind: type) -> str:
+    """All settings of a configuration class with their meanings and defaults, as `--help` shows them."""
+    parser = ArgumentParser(
+        prog="", usage="settings, in the YAML file or as words of the command line:", add_help=False
+    )
+    parser.add_class_arguments(kind)
+    return parser.format_help()

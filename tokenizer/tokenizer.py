@@ -62,7 +62,9 @@ class VideoTokenizer(nn.Module):
         """
         for name, side in (("height", height), ("width", width)):
             if side < SPATIAL_COMPRESSION or side % SPATIAL_COMPRESSION:
-                raise UserError(f"the frame {name} {side} is not a multiple of {SPATIAL_COMPRESSION}: resize or crop the video.")
+                raise UserError(
+                    f"the frame {name} {side} is not a multiple of {SPATIAL_COMPRESSION}: resize or crop the video."
+                )
         grid = (height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION)
         return ScaleSchedule.for_grid(*grid, num_scales=min(self.config.num_scales, max(grid)))
 
@@ -127,7 +129,9 @@ class VideoTokenizer(nn.Module):
         directory = Path(directory)
         for name in ("config.json", "model.safetensors"):
             if not (directory / name).is_file():
-                raise UserError(f"{directory} holds no tokenizer: {name} is missing; train one with `videoar tokenizer train` or name another folder.")
+                raise UserError(
+                    f"{directory} holds no tokenizer: {name} is missing; train one with `videoar tokenizer train` or name another folder."
+                )
         try:
             content = json.loads((directory / "config.json").read_text())
             fingerprint = content.pop("fingerprint", None)
@@ -136,9 +140,13 @@ class VideoTokenizer(nn.Module):
             tokenizer = cls(TokenizerConfig(autoencoder=AutoencoderConfig(**autoencoder), **content))
             tokenizer.load_state_dict(load_file(directory / "model.safetensors"))
         except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"the tokenizer in {directory} can't be read ({' '.join(str(error).split())[:200]}): train or copy it again.") from error
+            raise UserError(
+                f"the tokenizer in {directory} can't be read ({' '.join(str(error).split())[:200]}): train or copy it again."
+            ) from error
         if fingerprint and fingerprint != tokenizer.fingerprint:
-            raise UserError(f"the weights in {directory} are not those that its config.json was written with: copy the tokenizer again.")
+            raise UserError(
+                f"the weights in {directory} are not those that its config.json was written with: copy the tokenizer again."
+            )
         return tokenizer.to(device).eval()
 
 

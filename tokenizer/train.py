@@ -1,6 +1,6 @@
 """Training of the tokenizer: a loop over clips that some room above hands in, with exact resume.
 
-    videoar tokenizer train --config tokenizer/configs/demo.yaml --shards DIR --out DIR
+videoar tokenizer train --config tokenizer/configs/demo.yaml --shards DIR --out DIR
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ def train(config: TokenizerTrainConfig, clips: ClipSource, out: str | Path, devi
     kernels = [p for p in tokenizer.parameters() if p.ndim > 1]
     rest = [p for p in tokenizer.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": kernels, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}], lr=config.lr, betas=(0.9, 0.95)
+        [{"params": kernels, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        lr=config.lr,
+        betas=(0.9, 0.95),
     )
     start = _restore(out, tokenizer, optimizer)
     tokenizer.train()
@@ -128,7 +130,9 @@ def train(config: TokenizerTrainConfig, clips: ClipSource, out: str | Path, devi
                 group["lr"] = config.lr * _rate(config, step)
             report = _step(config, tokenizer, optimizer, clips(step, config.batch_spec(step)).to(device), step)
             if not math.isfinite(report["loss"]):
-                raise UserError(f"the tokenizer's loss is {report['loss']} at step {step}: lower lr ({config.lr}) and start again in a new folder.")
+                raise UserError(
+                    f"the tokenizer's loss is {report['loss']} at step {step}: lower lr ({config.lr}) and start again in a new folder."
+                )
             if step % config.log_every == 0 or step + 1 == config.steps:
                 metrics.write(json.dumps({"step": step, **report}) + "\n")
                 metrics.flush()
@@ -140,7 +144,9 @@ def train(config: TokenizerTrainConfig, clips: ClipSource, out: str | Path, devi
     return tokenizer
 
 
-def _step(config: TokenizerTrainConfig, tokenizer: VideoTokenizer, optimizer: torch.optim.Optimizer, video: Tensor, step: int) -> dict[str, float]:
+def _step(
+    config: TokenizerTrainConfig, tokenizer: VideoTokenizer, optimizer: torch.optim.Optimizer, video: Tensor, step: int
+) -> dict[str, float]:
     latent = tokenizer.encode_latent(video)
     quantizer = tokenizer.quantizer(latent, tokenizer.schedule_for(*video.shape[-2:]))
     features = quantizer.quantized
@@ -180,7 +186,9 @@ def _check(config: TokenizerTrainConfig, out: Path) -> None:
         for spec in phase.batches:
             check_num_frames(spec.num_frames)
             if spec.size % 16:
-                raise UserError(f"the batch size of {spec.size} pixels in phases is not a multiple of 16: choose 16, 32, 48, ...")
+                raise UserError(
+                    f"the batch size of {spec.size} pixels in phases is not a multiple of 16: choose 16, 32, 48, ..."
+                )
     out.mkdir(parents=True, exist_ok=True)
     recipe = out / "train.yaml"
     if recipe.exists() and settings.load(TokenizerTrainConfig, recipe) != config:

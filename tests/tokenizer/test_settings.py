@@ -32,7 +32,9 @@ class Outer:
 
 def test_file_then_command_line(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("seed: 3\nscales: [[1, 1], [2, 2]]\nparts:\n- {name: I, steps: 7}\n- name: II\ninner: {lr: 1e-3, kind: b}\n")
+    file.write_text(
+        "seed: 3\nscales: [[1, 1], [2, 2]]\nparts:\n- {name: I, steps: 7}\n- name: II\ninner: {lr: 1e-3, kind: b}\n"
+    )
     config = settings.load(Outer, file, ["--inner.lr", "5e-4", "--window=2"])
     assert config == Outer(3, 2, ((1, 1), (2, 2)), [Part("I", 7), Part("II")], Inner(5e-4, (0.9, 0.95), "b"))
     settings.save(config, tmp_path / "again.yaml")

@@ -10,7 +10,9 @@ from tokenizer.autoencoder import AutoencoderConfig
 from tokenizer.tokenizer import TokenizerConfig
 
 SMALL = TokenizerConfig(AutoencoderConfig(dim=8, base_width=8, multipliers=(1, 2, 2), blocks=1, patch=4), num_scales=2)
-PAPER_LIKE = TokenizerConfig(AutoencoderConfig(dim=8, base_width=8, multipliers=(1, 2, 4, 4, 4), blocks=2, patch=1), num_scales=2)
+PAPER_LIKE = TokenizerConfig(
+    AutoencoderConfig(dim=8, base_width=8, multipliers=(1, 2, 4, 4, 4), blocks=2, patch=1), num_scales=2
+)
 
 
 def make(config=SMALL):
@@ -52,12 +54,18 @@ def test_clips_of_a_batch_do_not_touch_each_other():
     tokenizer = make()
     video = torch.rand(2, 3, 5, 32, 32) * 2 - 1
     with torch.no_grad():
-        torch.testing.assert_close(tokenizer.encode_latent(video)[1:], tokenizer.encode_latent(video[1:]), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            tokenizer.encode_latent(video)[1:], tokenizer.encode_latent(video[1:]), atol=1e-5, rtol=0
+        )
 
 
 @pytest.mark.parametrize(
     "shape, words",
-    [((1, 3, 16, 32, 32), "16 frames are not 1.4n: take 13 or 17"), ((1, 3, 5, 30, 32), "height 30"), ((1, 3, 5, 32, 40), "width 40")],
+    [
+        ((1, 3, 16, 32, 32), "16 frames are not 1.4n: take 13 or 17"),
+        ((1, 3, 5, 30, 32), "height 30"),
+        ((1, 3, 5, 32, 40), "width 40"),
+    ],
 )
 def test_a_size_that_does_not_divide_is_refused(shape, words):
     with pytest.raises(UserError, match=words):

@@ -13,7 +13,9 @@ from tokenizer.tokenizer import TokenizerConfig
 from tokenizer.train import BatchSpec, Phase, TokenizerTrainConfig, train
 
 CONFIG = TokenizerTrainConfig(
-    tokenizer=TokenizerConfig(AutoencoderConfig(dim=8, base_width=8, multipliers=(1, 1, 1), blocks=1, patch=4), num_scales=2),
+    tokenizer=TokenizerConfig(
+        AutoencoderConfig(dim=8, base_width=8, multipliers=(1, 1, 1), blocks=1, patch=4), num_scales=2
+    ),
     phases=(Phase(3, (BatchSpec(1, 32, 4),)), Phase(3, (BatchSpec(5, 32, 2), BatchSpec(5, 48, 2)))),
     lr=1e-2,
     warmup_steps=2,
@@ -101,4 +103,7 @@ def test_each_weight_of_the_loss_counts():
 )  # fmt: skip
 def test_each_setting_changes_the_run(tmp_path, change):
     two = replace(CONFIG, phases=(Phase(3, (BatchSpec(1, 32, 2),)),))
-    assert train(two, clips, tmp_path / "a").fingerprint != train(replace(two, **change), clips, tmp_path / "b").fingerprint
+    assert (
+        train(two, clips, tmp_path / "a").fingerprint
+        != train(replace(two, **change), clips, tmp_path / "b").fingerprint
+    )

@@ -1,0 +1,38 @@
+# One command each: `make demo` and `make test` do all their own set-up.
+PYTHON ?= python3
+BIN := .venv/bin
+OUT ?= runs/demo
+
+.PHONY: setup demo test lint clean
+
+setup: .venv/.installed
+
+# Debian's python3 comes without venv; everything else is in wheels.
+.venv/.installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 12)' 2>/dev/null || \
+		{ echo "VideoAR needs Python 3.11 or 3.12: install one and run 'make PYTHON=python3.11 setup'." >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "installing python3-venv"; \
+		$$( [ "$$(id -u)" = 0 ] || echo sudo ) apt-get -qq update && \
+		$$( [ "$$(id -u)" = 0 ] || echo sudo ) apt-get -qq install -y --no-install-recommends python3-venv; }
+	$(PYTHON) -m venv .venv
+	@echo "installing the pinned requirements (some 6 GB; a few minutes)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+demo: setup
+	$(BIN)/videoar demo --config pretrain/configs/demo/demo.yaml --out $(OUT)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/basedpyright --level error
+	$(BIN)/lint-imports
+
+# two workers with a thread each: the tests are made for 2 cores
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+clean:
+	rm -rf runs .pytest_cache .ruff_cache

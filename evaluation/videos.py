@@ -1,0 +1,71 @@
+"""Scores of video files that a CSV (path, caption) lists."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+from evaluation.shapes import score
+from tokenizer.errors import UserError
+from tokenizer.progress import track
+
+
+def read_table(table: Path) -> list[dict[str, str]]:
+    """The rows of a CSV with the columns path and caption; paths become absolute.
+
+    Raises:
+        UserError: the file is missing, empty, or lacks a column.
+    """
+    table = Path(table)
+    if not table.is_file():
+        raise UserError(f"the list of videos {table} does not exist: give a CSV with the columns path,caption.")
+    with open(table, newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    if not rows or not {"path", "caption"} <= set(rows[0]):
+        raise UserError(f"the list of videos {table} has no rows with the columns path,caption: write them.")
+    return [{**row, "path": str(table.parent / row["path"])} for row in rows]
+
+
+def read_frames(path: str | Path) -> np.ndarray:
+    """All frames of a video file, uint8 [T, H, W, 3].
+
+    Raises:
+        UserError: the file can't be decoded.
+    """
+    try:
+        with av.open(str(path)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        return np.stack(frames)
+    except (av.error.FFmpegError, ValueError, IndexError) as error:
+        raise UserError(
+            f"the video {path} can't be decoded ({error}): make it again or take it off the list."
+        ) from error
+
+
+def score_videos(table: Path, out: Path | None = None) -> dict[str, Any]:
+    """Reads colour, shape, direction and speed off every video of a table (see `evaluation.shapes.score`).
+
+    Args:
+        table: a CSV with the columns path and caption.
+        out: a JSON file for the scores.
+    """
+    rows = read_table(table)
+
+    def clips() -> Iterator[np.ndarray]:
+        for row in track(rows, f"scoring {table}"):
+            yield read_frames(row["path"])
+
+    result = score(clips(), [row["caption"] for row in rows])
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = out.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(result, indent=2))
+        os.replace(temporary, out)
+    return result

@@ -1,0 +1,293 @@
+"""The command line: one thin sub-command a verb. `videoar VERB --help` explains each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+
+from tokenizer import settings
+from tokenizer.errors import UserError
+
+Handler = Callable[[argparse.Namespace, list[str]], None]
+
+
+def corpus(args: argparse.Namespace, _: list[str]) -> None:
+    from data_pipelines.moving_shapes import write_corpus
+
+    receipt = write_corpus(args.out, args.clips, args.seed, validation=args.validation)
+    print(
+        f"{args.out}: {args.clips} training clips, {args.validation} validation clips, {receipt['prompts']} held-out prompts"
+    )
+
+
+def shards(args: argparse.Namespace, words: list[str]) -> None:
+    from data_pipelines.shards import ShardsConfig, write_shards
+
+    summary = write_shards(args.videos, args.out, settings.load(ShardsConfig, args.config, words))
+    print(json.dumps(summary, indent=2))
+
+
+def tokenizer_train(args: argparse.Namespace, words: list[str]) -> None:
+    from data_pipelines.clips import ClipBatches, load_clips
+    from tokenizer.train import TokenizerTrainConfig, train
+
+    config = settings.load(TokenizerTrainConfig, args.config, words)
+    specs = [spec for phase in config.phases for spec in phase.batches]
+    clips = load_clips(args.shards, max(spec.num_frames for spec in specs), max(spec.size for spec in specs))
+    train(config, ClipBatches(clips, config.seed), args.out, device=args.device)
+
+
+def tokenizer_reconstruct(args: argparse.Namespace, _: list[str]) -> None:
+    from evaluation.reconstruction import reconstruct
+
+    print(json.dumps(reconstruct(args.tokenizer, args.videos, args.out, args.size, args.frames), indent=2))
+
+
+def encode(args: argparse.Namespace, words: list[str]) -> None:
+    from data_pipelines.encode import EncodeConfig
+    from data_pipelines.encode import encode as run
+
+    for summary in run(settings.load(EncodeConfig, args.config, words)):
+        print(json.dumps(asdict(summary)))
+
+
+def pretrain(args: argparse.Namespace, words: list[str]) -> None:
+    from pretrain.config import PretrainConfig
+    from pretrain.train import main_entry
+
+    main_entry(settings.load(PretrainConfig, args.config, words))
+
+
+def export(args: argparse.Namespace, _: list[str]) -> None:
+    from pretrain.export import export as run
+
+    run(args.checkpoint, args.out, args.tokenizer, verify=args.verify)
+    print(f"{args.out}: ready for `videoar generate --model {args.out}`")
+
+
+def generate(args: argparse.Namespace, _: list[str]) -> None:
+    from inference.generate import generate_file, generate_folder
+    from inference.pipeline import VideoARPipeline
+
+    pipe = VideoARPipeline.from_pretrained(args.model, device=args.device)
+    guidance = args.guidance if args.guidance in ("ucf", "t2v") else _number(args.guidance)
+    options = {"guidance": guidance, "temperature": args.temperature}
+    frames = pipe.frames_for(args.seconds) if args.seconds else args.frames
+    if args.prompt_file:
+        out = generate_folder(
+            pipe, args.prompt_file, args.out, frames, args.samples, args.seed, args.batch_size, **options
+        )
+    else:
+        out = generate_file(
+            pipe,
+            args.prompt,
+            args.out,
+            frames,
+            args.seed,
+            image=args.image,
+            video=args.video,
+            video_frames=args.video_frames,
+            **options,
+        )
+    print(out)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"the guidance '{text}' is neither ucf, t2v nor a number: choose one of them.") from None
+
+
+def evaluate_shapes(args: argparse.Namespace, _: list[str]) -> None:
+    from evaluation.videos import score_videos
+
+    print(json.dumps(score_videos(args.videos, args.out), indent=2))
+
+
+def demo(args: argparse.Namespace, words: list[str]) -> None:
+    from pretrain.demo import DemoConfig
+    from pretrain.demo import demo as run
+
+    run(settings.load(DemoConfig, args.config, words), args.out)
+
+
+def report(args: argparse.Namespace, _: list[str]) -> None:
+    from evaluation.report import write_report
+
+    print(write_report(args.run))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "videoar", description="VideoAR: from video files to a model that generates videos."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def add(group, name: str, handler: Handler, text: str, config: str | None = None) -> argparse.ArgumentParser:
+        command = group.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
+        command.set_defaults(handler=handler, settings_class=config)
+        if config:
+            command.add_argument("--config", type=Path, help="YAML file with settings")
+            command.add_argument(
+                "--help-settings", action=_HelpSettings, const=config, help="list every setting and its default"
+            )
+            command.epilog = (
+                "Any setting can also be given as --name value (dotted: --optimizer.lr 1e-4); they win over the file."
+            )
+        return command
+
+    command = add(verbs, "corpus", corpus, "write the moving-shapes corpus: real encoded video files with captions")
+    _folder(command, "--out", "the folder to make")
+    command.add_argument("--clips", type=int, default=1600, help="training clips (default: %(default)s)")
+    command.add_argument("--validation", type=int, default=192, help="validation clips (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of the whole corpus (default: %(default)s)")
+
+    command = add(
+        verbs, "shards", shards, "pack video files into streaming (MDS) shards", "data_pipelines.shards:ShardsConfig"
+    )
+    _folder(
+        command,
+        "--videos",
+        "a folder of videos, a CSV with the columns path,caption, or the UCF-101 layout Class/v_*.avi",
+    )
+    _folder(command, "--out", "the folder for the shards")
+
+    group = verbs.add_parser("tokenizer", help="train the video tokenizer, or look at what it keeps").add_subparsers(
+        dest="action", required=True, metavar="ACTION"
+    )
+    command = add(
+        group, "train", tokenizer_train, "train the tokenizer on raw shards", "tokenizer.train:TokenizerTrainConfig"
+    )
+    _folder(command, "--shards", "raw shards")
+    _folder(command, "--out", "the folder for the tokenizer; a killed run goes on from here")
+    command.add_argument("--device", default="cpu", help="where to train (default: %(default)s)")
+    command = add(
+        group, "reconstruct", tokenizer_reconstruct, "encode and decode videos, and say how close they come (PSNR)"
+    )
+    _folder(command, "--tokenizer", "a trained tokenizer")
+    _folder(command, "--videos", "a CSV with the columns path,caption")
+    _folder(command, "--out", "the folder for the reconstructed videos and reconstruction.json")
+    command.add_argument("--size", type=int, default=64, help="height and width in pixels (default: %(default)s)")
+    command.add_argument("--frames", type=int, default=17, help="frames a clip, 1+4n (default: %(default)s)")
+
+    add(
+        verbs, "encode", encode, "encode raw shards to code shards with Ray actors (--shards DIR --tokenizer DIR --out DIR)",
+        "data_pipelines.encode:EncodeConfig",
+    )  # fmt: skip
+
+    add(
+        verbs, "pretrain", pretrain, "train the transformer through its stages; under torchrun for more than one process",
+        "pretrain.config:PretrainConfig",
+    )  # fmt: skip
+
+    command = add(verbs, "export", export, "turn a training checkpoint into config.json + model.safetensors")
+    _folder(command, "--checkpoint", "a checkpoint, or the folder that holds them (then the newest complete one)")
+    _folder(command, "--tokenizer", "the tokenizer that the codes were made with")
+    _folder(command, "--out", "the folder for the model")
+    command.add_argument("--verify", action="store_true", help="compare the logits before and after")
+
+    command = add(verbs, "generate", generate, "make videos from prompts, an image, or the start of a video")
+    _folder(command, "--model", "an exported model")
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="what to show")
+    what.add_argument(
+        "--prompt-file", type=Path, help="a CSV with a column caption, or one prompt a line; --out is then a folder"
+    )
+    command.add_argument(
+        "--out", type=Path, required=True, help="an .mp4, .gif or .png file; a folder with --prompt-file"
+    )
+    given = command.add_mutually_exclusive_group()
+    given.add_argument("--image", type=Path, help="the first frame")
+    given.add_argument("--video", type=Path, help="a video to go on from")
+    command.add_argument("--video-frames", type=int, help="use only the first so many frames of --video")
+    length = command.add_mutually_exclusive_group()
+    length.add_argument("--seconds", type=float, help="length of the video")
+    length.add_argument("--frames", type=int, help="length of the video in frames, 1+4n")
+    command.add_argument(
+        "--samples", type=int, default=1, help="videos a prompt, with --prompt-file (default: %(default)s)"
+    )
+    command.add_argument(
+        "--seed", type=int, default=0, help="of the first video; the others count on (default: %(default)s)"
+    )
+    command.add_argument("--guidance", default="t2v", help="ucf, t2v, or a number (default: %(default)s)")
+    command.add_argument(
+        "--temperature", type=float, default=1.0, help="of the drawn bits; 0: the likelier bit (default: %(default)s)"
+    )
+    command.add_argument(
+        "--batch-size", type=int, default=16, help="videos at once, with --prompt-file (default: %(default)s)"
+    )
+    command.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
+
+    group = verbs.add_parser("evaluate", help="score videos").add_subparsers(
+        dest="action", required=True, metavar="ACTION"
+    )
+    command = add(
+        group, "shapes", evaluate_shapes, "read colour, shape, direction and speed off videos of moving shapes"
+    )
+    _folder(command, "--videos", "a CSV with the columns path,caption")
+    command.add_argument("--out", type=Path, help="a JSON file for the scores")
+    command = add(group, "reconstruction", tokenizer_reconstruct, "the same as `videoar tokenizer reconstruct`")
+    _folder(command, "--tokenizer", "a trained tokenizer")
+    _folder(command, "--videos", "a CSV with the columns path,caption")
+    _folder(command, "--out", "the folder for the reconstructed videos and reconstruction.json")
+    command.add_argument("--size", type=int, default=64, help="height and width in pixels (default: %(default)s)")
+    command.add_argument("--frames", type=int, default=17, help="frames a clip, 1+4n (default: %(default)s)")
+
+    command = add(
+        verbs, "demo", demo, "everything on this machine, from video files to a report", "pretrain.demo:DemoConfig"
+    )
+    command.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="the folder of the run (default: %(default)s)"
+    )
+
+    command = add(verbs, "report", report, "write report.html and metrics.json of a demo run again")
+    command.add_argument(
+        "--run", type=Path, default=Path("runs/demo"), help="the folder of the run (default: %(default)s)"
+    )
+    return parser
+
+
+def _folder(command: argparse.ArgumentParser, name: str, text: str) -> None:
+    command.add_argument(name, type=Path, required=True, help=text)
+
+
+class _HelpSettings(argparse.Action):
+    """Prints every setting of the verb's configuration class, named "module:class" so that only this imports it."""
+
+    def __init__(self, option_strings: list[str], dest: str, const: str, help: str):
+        super().__init__(option_strings, dest, nargs=0, const=const, help=help)
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values, option_string=None
+    ) -> None:
+        module, name = str(self.const).split(":")
+        print(settings.describe(getattr(import_module(module), name)))
+        parser.exit()
+
+
+def main(words: list[str] | None = None) -> int:
+    """Runs one sub-command; a mistake of the user's ends with one sentence and status 2."""
+    words = sys.argv[1:] if words is None else words
+    parser = _parser()
+    args, rest = parser.parse_known_args(words)
+    if rest and not args.settings_class:
+        parser.error(f"unknown words: {' '.join(rest)}; see videoar {args.verb} --help")
+    try:
+        args.handler(args, rest)
+    except UserError as error:
+        print(f"videoar {args.verb}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
