@@ -87,7 +87,9 @@ class AttentionContext:
         else:
             visible = layout.attention_mask(text_lengths, frame_mask, config.window)  # [B, S, S]
             # additive: a boolean mask would be turned into this one again in every layer
-            hidden = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+            hidden = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
+                ~visible, float("-inf")
+            )
             mask = hidden[:, None]
         return cls(angles.cos().contiguous(), angles.sin().contiguous(), mask)
 

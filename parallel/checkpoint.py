@@ -1,6 +1,6 @@
 """Training checkpoints: megatron-core's distributed format, written whole or not at all, read on any layout.
 
-    DIR/step-100/   complete.json is written last of all; the folder is `.tmp-step-100` until then
+DIR/step-100/   complete.json is written last of all; the folder is `.tmp-step-100` until then
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint import CheckpointException
 
 from parallel.cpu import cuda_redirected
 from parallel.model import unwrap
@@ -109,8 +111,9 @@ def load(
         state = _state(chunks, optimizer, loading=True)
         try:
             loaded = dist_checkpointing.load(state, str(folder))
-        except (KeyError, dist_checkpointing.core.CheckpointingException) as error:
-            reason = " ".join(str(error).split())[:200]
+        except (KeyError, CheckpointingException, CheckpointException) as error:
+            # torch's exception quotes the traceback of every rank; the last line is the reason
+            reason = str(error).strip().splitlines()[-1].rsplit("Exception: ", 1)[-1]
             raise UserError(
                 f"the checkpoint {folder} does not fit this network ({reason}): use the configuration it was trained with."
             ) from error

@@ -39,7 +39,10 @@ def _is_cuda(device: Any) -> bool:
 
 
 class _CudaToCpu(TorchFunctionMode):
-    """Turns `device="cuda"`, `.to("cuda")` and `.cuda()` into the CPU's, and `Tensor.type()` into the CUDA name that megatron asserts on."""
+    """Turns `device="cuda"`, `.to("cuda")` and `.cuda()` into the CPU's.
+
+    `Tensor.type()` gets its CUDA name, because megatron's optimizer and clipping assert on that string.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

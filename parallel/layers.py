@@ -99,9 +99,12 @@ def use_transformer_engine(wanted: str) -> bool:
     present, has_cuda = importlib.util.find_spec("transformer_engine") is not None, torch.cuda.is_available()
     if wanted == "on" and not (present and has_cuda):
         missing = "the package transformer-engine" if not present else "a GPU"
-        raise UserError(f"transformer_engine: on needs {missing}: install requirements-gpu.txt on a GPU node, or set auto.")
+        raise UserError(
+            f"transformer_engine: on needs {missing}: install requirements-gpu.txt on a GPU node, or set auto."
+        )
     chosen = wanted != "off" and present and has_cuda
-    reason = "as configured" if wanted != "auto" else f"package {'there' if present else 'not installed'}, GPU {'there' if has_cuda else 'not there'}"
+    found = f"package {'there' if present else 'not installed'}, GPU {'there' if has_cuda else 'not there'}"
+    reason = found if wanted == "auto" else "as configured"
     log.info("layers: %s (%s)", "Transformer Engine" if chosen else "megatron-core's own", reason)
     return chosen
 

@@ -1,9 +1,9 @@
 """The building blocks of a training step: model, optimizer, forward and backward over microbatches, update.
 
-    chunks = build_model(model_config, parallel_config, info, seed)
-    optimizer = build_optimizer(chunks, lr=1e-4)
-    result = forward_backward(chunks, microbatches, loss_function)
-    gradient_norm = update(optimizer, lr)
+chunks = build_model(model_config, parallel_config, info, seed)
+optimizer = build_optimizer(chunks, lr=1e-4)
+result = forward_backward(chunks, microbatches, loss_function)
+gradient_norm = update(optimizer, lr)
 """
 
 from __future__ import annotations

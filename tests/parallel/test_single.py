@@ -1,0 +1,167 @@
+"""What one process can show: precision, recomputation, masks, checkpoint folders, and refusals that name the numbers."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from inference.config import ModelConfig
+from parallel import checkpoint
+from parallel.attention import AttentionContext, BlockCausalAttention, choose_backend
+from parallel.convert import gather_reference, load_reference
+from parallel.layers import RMSNorm, swiglu, transformer_config, use_transformer_engine
+from parallel.setup import ParallelConfig, check_layout, destroy, initialize
+from parallel.train_step import Microbatch, build_model, build_optimizer, forward_backward, update
+from tokenizer.errors import UserError
+
+MODEL = ModelConfig(
+    num_layers=2, hidden_size=32, num_attention_heads=2, scales=((1, 1), (2, 2)), num_frames=3, bits=8, text_dim=6,
+    max_text_length=4,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def info():
+    yield initialize(ParallelConfig(), 0)
+    destroy()
+
+
+def clips(seed: int, number: int = 2) -> Microbatch:
+    draw = torch.Generator().manual_seed(seed)
+    layout = MODEL.layout()
+    inputs = torch.randn(number, layout.video_tokens, MODEL.bits, generator=draw)
+    text = torch.randn(number, 4, 6, generator=draw)
+    return Microbatch(inputs, layout, text, torch.arange(1, number + 1), targets=(inputs > 0).float())
+
+
+def loss(logits, of):
+    each = (logits - of.targets).square().mean((1, 2))
+    return each.sum(), torch.tensor(len(each)), {}
+
+
+def test_bfloat16_follows_float32_with_float32_gradients_and_optimizer(info):
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        parallel = ParallelConfig(precision=precision)
+        chunks = build_model(MODEL, parallel, info, seed=1)
+        optimizer = build_optimizer(chunks, 1e-3)
+        assert {p.main_grad.dtype for p in chunks[0].parameters()} == {torch.float32}
+        assert {p.dtype for group in optimizer.param_groups for p in group["params"]} == {torch.float32}
+        losses[precision] = []
+        for _ in range(5):
+            losses[precision].append(forward_backward(chunks, [clips(1)], loss).loss)
+            update(optimizer, 1e-3)
+    assert losses["float32"][-1] < 0.99 * losses["float32"][0]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=2e-2)
+    assert losses["bfloat16"] != losses["float32"]
+
+
+def test_recomputation_changes_no_gradient(info):
+    gradients = []
+    for recompute in ("none", "full"):
+        chunks = build_model(MODEL, ParallelConfig(recompute=recompute), info, seed=1)
+        forward_backward(chunks, [clips(1), clips(2)], loss)
+        gradients.append(torch.cat([p.main_grad.flatten() for p in chunks[0].parameters()]))
+    assert torch.equal(*gradients) and gradients[0].norm() > 0
+
+
+def test_unequal_microbatches_are_refused(info):
+    chunks = build_model(MODEL, ParallelConfig(), info, seed=1)
+    with pytest.raises(ValueError, match="one layout and one number of clips"):
+        forward_backward(chunks, [clips(1), clips(2, number=3)], loss)
+
+
+def test_loading_needs_only_its_own_shards_and_validation_leaves_gradients_alone(info):
+    chunks = build_model(MODEL, ParallelConfig(), info, seed=1)
+    forward_backward(chunks, [clips(1)], loss)
+    before = [p.main_grad.clone() for p in chunks[0].parameters()]
+    state = gather_reference(chunks)
+    load_reference(chunks, {name: value * 2 for name, value in state.items()})
+    assert all(torch.equal(value, 2 * state[name]) for name, value in gather_reference(chunks).items())
+    forward_backward(chunks, [clips(2)], loss, training=False)
+    assert all(torch.equal(old, p.main_grad) for old, p in zip(before, chunks[0].parameters()))
+
+
+def test_flex_mask_gives_the_dense_mask_s_attention():
+    config = dataclasses.replace(MODEL, window=1, context_block=True)
+    layout, lengths = config.layout(multiple=4), torch.tensor([1, 4])
+    frame_mask = torch.rand(2, 3, 3, generator=torch.Generator().manual_seed(0)) > 0.5
+    q, k, v = torch.randn(3, layout.length, 2, 2, 16, generator=torch.Generator().manual_seed(1))
+    core = BlockCausalAttention(None, 1)
+    dense, flex = (
+        core(
+            q, k, v, attention_bias=AttentionContext.build(config, layout, lengths, frame_mask, torch.float32, backend)
+        )
+        for backend in ("sdpa", "flex")
+    )
+    assert torch.allclose(dense, flex, atol=1e-6)
+
+
+def test_own_gradients_equal_autograd_s():
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 3, 8, generator=draw, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(swiglu, x)
+    norm = RMSNorm(transformer_config(MODEL, ParallelConfig()), 8)
+    with torch.no_grad():
+        norm.weight.normal_(generator=draw)
+    wide = x.detach().float().requires_grad_()
+    plain = torch.nn.functional.rms_norm(wide, (8,), norm.weight, 1e-6)
+    mix = torch.randn(5, 3, 8, generator=draw)
+    expected = torch.autograd.grad((plain * mix).sum(), (wide, norm.weight))
+    ours = norm(wide)
+    assert torch.allclose(ours, plain, atol=1e-6)
+    for got, want in zip(torch.autograd.grad((ours * mix).sum(), (wide, norm.weight)), expected):
+        assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_checkpoints_keep_the_newest_and_refuse_what_is_not_whole(info, tmp_path):
+    chunks = build_model(MODEL, ParallelConfig(), info, seed=1)
+    optimizer = build_optimizer(chunks, 1e-3)
+    forward_backward(chunks, [clips(1)], loss)
+    update(optimizer, 1e-3)
+    assert checkpoint.latest(tmp_path / "none") is None
+    for step in (9, 10, 11):
+        checkpoint.save(tmp_path, step, chunks, optimizer, {"position": step}, keep=2)
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["step-10", "step-11"]
+    assert json.loads((tmp_path / "step-11" / "complete.json").read_text()) == {"step": 11}
+    assert checkpoint.load_common(tmp_path / "step-10") == {"position": 10}
+    (tmp_path / "step-11" / "complete.json").unlink()
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-10"
+    with pytest.raises(UserError, match="step-11 is incomplete.*use .*step-10"):
+        checkpoint.load(tmp_path / "step-11", chunks, optimizer)
+    with pytest.raises(UserError, match="step-12 does not exist"):
+        checkpoint.load_common(tmp_path / "step-12")
+    with pytest.raises(UserError, match=r"it holds checkpoints: use .*step-10"):
+        checkpoint.load_common(tmp_path)
+    wider = build_model(dataclasses.replace(MODEL, hidden_size=64), ParallelConfig(), info)
+    with pytest.raises(UserError, match="does not fit this network .*embedding"):
+        checkpoint.load(tmp_path / "step-10", wider)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world", "message"),
+    [
+        (
+            {"tensor_parallel_size": 3},
+            3,
+            "num_attention_heads 2 does not divide by tensor_parallel_size 3: choose .* 2 or num_attention_heads 3",
+        ),
+        ({"tensor_parallel_size": 2}, 3, "3 processes do not divide into groups of 2 .*: start 2 or 4 processes"),
+        ({"pipeline_parallel_size": 4}, 4, "num_layers 2 does not divide by pipeline_parallel_size 4: choose .* 2 or"),
+        ({"tensor_parallel_size": 0}, 1, "must be at least 1"),
+    ],
+)
+def test_a_layout_that_does_not_divide_is_refused_with_the_nearest_that_does(parallel, world, message):
+    with pytest.raises(UserError, match=message):
+        check_layout(MODEL, ParallelConfig(**parallel), world)
+
+
+def test_what_needs_a_gpu_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match="flex needs a GPU"):
+        choose_backend("flex", "cpu")
+    with pytest.raises(UserError, match="transformer_engine: on needs"):
+        use_transformer_engine("on")
+    assert choose_backend("auto", "cpu") == "sdpa" and not use_transformer_engine("auto")
