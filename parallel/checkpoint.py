@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -110,7 +110,7 @@ def load(
     with cuda_redirected():
         state = _state(chunks, optimizer, loading=True)
         try:
-            loaded = dist_checkpointing.load(state, str(folder))
+            loaded = cast(dict[str, Any], dist_checkpointing.load(state, str(folder)))
         except (KeyError, CheckpointingException, CheckpointException) as error:
             # torch's exception quotes the traceback of every rank; the last line is the reason
             reason = str(error).strip().splitlines()[-1].rsplit("Exception: ", 1)[-1]

@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from parallel.model import unwrap
+from parallel.setup import pipeline_group, tensor_group
 
 # megatron's name within a layer -> the reference's
 _WHOLE = {
@@ -89,7 +90,7 @@ def _collect(own: dict[str, Tensor]) -> dict[str, Tensor]:
     sends = parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_data_parallel_rank() == 0
     gathered: dict[str, Tensor] = dict(own) if dist.get_rank() == 0 else {}
     if sends:
-        group = parallel_state.get_pipeline_model_parallel_group()
+        group = pipeline_group()
         parts: list[dict[str, Tensor]] | None = [{} for _ in range(pipeline)] if dist.get_rank() == 0 else None
         dist.gather_object(own, parts, dst=0, group=group)
         for part in parts or ():
@@ -103,7 +104,7 @@ def _gather(parameter: Tensor) -> list[Tensor]:
     if size == 1:
         return [parameter.detach().cpu().clone()]
     shards = [torch.empty_like(parameter) for _ in range(size)]
-    dist.all_gather(shards, parameter.detach().contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+    dist.all_gather(shards, parameter.detach().contiguous(), group=tensor_group())
     return [shard.cpu() for shard in shards]
 
 
@@ -118,7 +119,7 @@ def _parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, Tensor
         for name, parameter in module.named_parameters():
             if name.startswith("decoder.layers."):
                 _, _, local, inner = name.split(".", 3)
-                yield f"layers.{module.decoder.layers[int(local)].layer_number - 1}.{inner}", parameter
+                yield f"layers.{module.layer_index(int(local))}.{inner}", parameter
             else:
                 yield name, parameter
 

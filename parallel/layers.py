@@ -145,7 +145,7 @@ def block_spec(config: TransformerConfig, transformer_engine: bool) -> Transform
             mlp_bda=get_bias_dropout_add,  # type: ignore[arg-type]
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)  # type: ignore[arg-type]
 
 
 def _leave_empty(weight: Tensor) -> None:

@@ -14,7 +14,7 @@ from inference.config import ModelConfig
 from inference.embedding import InputEmbedding
 from parallel.attention import AttentionContext, choose_backend
 from parallel.layers import block_spec, transformer_config, use_transformer_engine
-from parallel.setup import ParallelConfig
+from parallel.setup import ParallelConfig, tensor_group
 from tokenizer.sequence import SequenceLayout
 
 
@@ -37,7 +37,7 @@ class VideoARMegatron(MegatronModule):
         self.pre_process = parallel_state.is_pipeline_first_stage()
         self.post_process = parallel_state.is_pipeline_last_stage()
         self.share_embeddings_and_output_weights = False
-        self.tp_group = parallel_state.get_tensor_model_parallel_group()
+        self.tp_group = tensor_group()
 
         if self.pre_process:
             self.embedding = InputEmbedding(model)
@@ -57,7 +57,13 @@ class VideoARMegatron(MegatronModule):
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None]) -> None:
         """Takes the hidden states of the stage before (called by megatron's schedules)."""
-        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+        # megatron passes None to the first stage, which its annotation does not say
+        first = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        self.decoder.set_input_tensor(first)  # type: ignore[arg-type]
+
+    def layer_index(self, local: int) -> int:
+        """The index within the whole network of this stage's layer `local`."""
+        return int(self.decoder.layers[local].layer_number) - 1  # type: ignore[arg-type]
 
     def forward(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -156,6 +156,21 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30.
         is_last_stage=parallel_state.is_pipeline_last_stage(),
         device=device,
     )
+
+
+def tensor_group() -> dist.ProcessGroup:
+    """The processes that share this one's layers."""
+    return cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group())
+
+
+def pipeline_group() -> dist.ProcessGroup:
+    """The stages that this process's microbatches pass through."""
+    return cast(dist.ProcessGroup, parallel_state.get_pipeline_model_parallel_group())
+
+
+def data_group() -> dist.ProcessGroup:
+    """The processes that hold the same weights and read other clips."""
+    return cast(dist.ProcessGroup, parallel_state.get_data_parallel_group())
 
 
 def destroy() -> None:

@@ -27,7 +27,7 @@ from inference.model import VideoARTransformer
 from parallel.convert import load_reference
 from parallel.cpu import cuda_redirected
 from parallel.model import VideoARMegatron, unwrap
-from parallel.setup import ParallelConfig, ProcessInfo, check_layout
+from parallel.setup import ParallelConfig, ProcessInfo, check_layout, data_group, pipeline_group
 from tokenizer.errors import UserError
 from tokenizer.sequence import SequenceLayout
 
@@ -142,7 +142,7 @@ def build_optimizer(
         return get_megatron_optimizer(
             config,
             list(chunks),  # type: ignore[arg-type]
-            config_overrides={no_decay: ParamGroupOverride(wd_mult=0.0)},
+            config_overrides={no_decay: ParamGroupOverride(wd_mult=0.0)},  # type: ignore[call-overload]
             use_gloo_process_groups=torch.cuda.is_available(),
         )
 
@@ -205,14 +205,14 @@ def _reduce(reports: list[dict[str, Tensor]], device: torch.device) -> StepResul
         names = list(reports[0])
         values = torch.stack([sum(report[name].double() for report in reports) for name in names]).to(device)  # type: ignore[misc]
         if parallel_state.get_data_parallel_world_size() > 1:
-            dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
+            dist.all_reduce(values, group=data_group())
         totals = dict(zip(names, values.tolist()))
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         box = [totals]
         dist.broadcast_object_list(
             box,
             src=parallel_state.get_pipeline_model_parallel_last_rank(),
-            group=parallel_state.get_pipeline_model_parallel_group(),
+            group=pipeline_group(),
         )
         totals = box[0]
     clips = int(totals.pop("clips"))
@@ -235,5 +235,5 @@ def update(optimizer: MegatronOptimizer, lr: float) -> float:
         # megatron leaves this to its scheduler; a loaded checkpoint brings the old value, and the configuration decides
         group["weight_decay"] = optimizer.config.weight_decay * group["wd_mult"]
     with cuda_redirected():
-        _, norm, _ = optimizer.step()
-    return float(norm)
+        _, norm, _ = optimizer.step()  # type: ignore[misc]
+    return float(norm)  # type: ignore[arg-type]

@@ -40,13 +40,17 @@ def loss(logits, of):
     return each.sum(), torch.tensor(len(each)), {}
 
 
+def gradients(chunks):
+    return [parameter.main_grad for parameter in chunks[0].parameters()]
+
+
 def test_bfloat16_follows_float32_with_float32_gradients_and_optimizer(info):
     losses = {}
     for precision in ("float32", "bfloat16"):
         parallel = ParallelConfig(precision=precision)
         chunks = build_model(MODEL, parallel, info, seed=1)
         optimizer = build_optimizer(chunks, 1e-3)
-        assert {p.main_grad.dtype for p in chunks[0].parameters()} == {torch.float32}
+        assert {grad.dtype for grad in gradients(chunks)} == {torch.float32}
         assert {p.dtype for group in optimizer.param_groups for p in group["params"]} == {torch.float32}
         losses[precision] = []
         for _ in range(5):
@@ -58,12 +62,12 @@ def test_bfloat16_follows_float32_with_float32_gradients_and_optimizer(info):
 
 
 def test_recomputation_changes_no_gradient(info):
-    gradients = []
+    seen = []
     for recompute in ("none", "full"):
         chunks = build_model(MODEL, ParallelConfig(recompute=recompute), info, seed=1)
         forward_backward(chunks, [clips(1), clips(2)], loss)
-        gradients.append(torch.cat([p.main_grad.flatten() for p in chunks[0].parameters()]))
-    assert torch.equal(*gradients) and gradients[0].norm() > 0
+        seen.append(torch.cat([grad.flatten() for grad in gradients(chunks)]))
+    assert torch.equal(*seen) and seen[0].norm() > 0
 
 
 def test_unequal_microbatches_are_refused(info):
@@ -75,12 +79,12 @@ def test_unequal_microbatches_are_refused(info):
 def test_loading_needs_only_its_own_shards_and_validation_leaves_gradients_alone(info):
     chunks = build_model(MODEL, ParallelConfig(), info, seed=1)
     forward_backward(chunks, [clips(1)], loss)
-    before = [p.main_grad.clone() for p in chunks[0].parameters()]
+    before = [grad.clone() for grad in gradients(chunks)]
     state = gather_reference(chunks)
     load_reference(chunks, {name: value * 2 for name, value in state.items()})
     assert all(torch.equal(value, 2 * state[name]) for name, value in gather_reference(chunks).items())
     forward_backward(chunks, [clips(2)], loss, training=False)
-    assert all(torch.equal(old, p.main_grad) for old, p in zip(before, chunks[0].parameters()))
+    assert all(torch.equal(old, new) for old, new in zip(before, gradients(chunks)))
 
 
 def test_flex_mask_gives_the_dense_mask_s_attention():

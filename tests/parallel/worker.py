@@ -21,7 +21,7 @@ from inference.config import ModelConfig
 from inference.model import VideoARTransformer
 from parallel import checkpoint
 from parallel.convert import gather_reference
-from parallel.setup import ParallelConfig, ProcessInfo, destroy, initialize
+from parallel.setup import ParallelConfig, ProcessInfo, data_group, destroy, initialize
 from parallel.train_step import Microbatch, build_model, build_optimizer, forward_backward, update
 
 SEED, LR, DECAY = 3, 1e-2, 0.1
@@ -91,7 +91,7 @@ def gather_gradients(chunks: list[Any], info: ProcessInfo) -> dict[str, torch.Te
             data, share = bucket.grad_data, bucket.grad_data.numel() // info.data_parallel_size
             own = data[info.data_parallel_rank * share : (info.data_parallel_rank + 1) * share].clone()
             data.zero_()[info.data_parallel_rank * share : (info.data_parallel_rank + 1) * share] = own
-            dist.all_reduce(data, group=parallel_state.get_data_parallel_group())
+            dist.all_reduce(data, group=data_group())
     weights = [parameter.detach().clone() for chunk in chunks for parameter in chunk.parameters()]
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     for parameter in parameters:
