@@ -1,6 +1,8 @@
 """Causal building blocks of the autoencoder: nothing here lets a frame see a later one (DESIGN section 2, Tokenizer).
 
-All tensors are [B, C, T, H, W]. Before the first frame time is padded with copies of it, so that an image is a still clip.
+All tensors are [B, C, T, H, W]. Before the first frame time is padded with zeros, and kernels start as inflated image kernels: zero
+but for their temporally last slice. So training on images moves that slice alone, and clips start from frames seen one by one;
+copies of the first frame instead would teach all slices the same, which blurs what moves over time.
 """
 
 from __future__ import annotations
@@ -37,14 +39,21 @@ class CausalConv3d(nn.Conv3d):
             padding=(0, side, side),
         )
 
+    def reset_parameters(self) -> None:
+        """An image convolution's own start in the last slice, zeros in those before it (3-D inflation of a fresh kernel)."""
+        super().reset_parameters()
+        nn.init.zeros_(self.weight)
+        last = torch.empty_like(self.weight[:, :, -1])
+        nn.init.kaiming_uniform_(last, a=5**0.5)
+        with torch.no_grad():
+            self.weight[:, :, -1] = last
+
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, C', 1 + (T - 1) / stride_t, H / stride, W / stride]."""
-        if self.stride[1] > 1:
-            input = F.pad(input, (0, 1, 0, 1))
-        lead = self.kernel_size[0] - 1
-        if lead:
-            first = input[:, :, :1].expand(-1, -1, lead, -1, -1)
-            input = torch.cat([first, input], dim=2)
+        beside = 1 if self.stride[1] > 1 else 0
+        before = self.kernel_size[0] - 1
+        if beside or before:
+            input = F.pad(input, (0, beside, 0, beside, before, 0))
         return super().forward(input)
 
 

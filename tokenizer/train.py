@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -63,6 +64,7 @@ class TokenizerTrainConfig:
         weight_decay: on convolution kernels.
         grad_clip: largest gradient norm.
         continuous_share: during this first share of the steps, half of the clips bypass the quantiser.
+        precision: of the convolutions: "bfloat16", "float32", or "auto" (bfloat16 where the processor computes in it).
         seed: of weights and batches.
         checkpoint_every: steps between two checkpoints.
         log_every: steps between two lines of metrics.jsonl.
@@ -76,6 +78,7 @@ class TokenizerTrainConfig:
     weight_decay: float = 0.0
     grad_clip: float = 1.0
     continuous_share: float = 0.0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
     checkpoint_every: int = 200
     log_every: int = 10
@@ -147,13 +150,17 @@ def train(config: TokenizerTrainConfig, clips: ClipSource, out: str | Path, devi
 def _step(
     config: TokenizerTrainConfig, tokenizer: VideoTokenizer, optimizer: torch.optim.Optimizer, video: Tensor, step: int
 ) -> dict[str, float]:
-    latent = tokenizer.encode_latent(video)
+    with torch.autocast(video.device.type, torch.bfloat16, enabled=_uses_bfloat16(config, video.device)):
+        latent = tokenizer.encode_latent(video)
+    latent = latent.float()
     quantizer = tokenizer.quantizer(latent, tokenizer.schedule_for(*video.shape[-2:]))
     features = quantizer.quantized
     if step < config.continuous_share * config.steps:
         half = video.shape[0] // 2
         features = torch.cat([latent[:half], features[half:]])
-    reconstruction = tokenizer.decoder(features)
+    with torch.autocast(video.device.type, torch.bfloat16, enabled=_uses_bfloat16(config, video.device)):
+        reconstruction = tokenizer.decoder(features)
+    reconstruction = reconstruction.float()
     pixel = reconstruction_loss(reconstruction, video, config.loss)
     commitment, entropy = quantizer.losses["commitment"], quantizer.losses["entropy"]
     loss = pixel + config.loss.commitment * commitment + config.loss.entropy * entropy
@@ -174,6 +181,13 @@ def _step(
         "bit_usage": quantizer.usage.mean().item(),
         "dead_bits": (quantizer.usage.sub(0.5).abs() > 0.49).float().mean().item(),
     }
+
+
+def _uses_bfloat16(config: TokenizerTrainConfig, device: torch.device) -> bool:
+    if config.precision == "auto":
+        # a processor without such instructions emulates them, slower than float32
+        return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return config.precision == "bfloat16"
 
 
 def _rate(config: TokenizerTrainConfig, step: int) -> float:
