@@ -1,9 +1,8 @@
-"""Short videos in and out of evaluation: whole files as arrays, and files that any browser plays."""
+"""Short videos in and out of a report: whole files as arrays, and files that any browser plays."""
 
 from __future__ import annotations
 
 import base64
-import csv
 import io
 import tempfile
 from pathlib import Path
@@ -31,22 +30,6 @@ def read_video(path: Path) -> tuple[np.ndarray, float]:
     except (Rejected, DecodeError, OSError) as error:
         raise UserError(f"the video {path} can't be read ({error}): make it again.") from error
     return frames, info.fps
-
-
-def read_table(file: Path) -> list[dict[str, str]]:
-    """The rows of a CSV of videos; `path` becomes absolute or relative to the working directory, as `file` is.
-
-    Raises:
-        UserError: the file is missing or has no column path.
-    """
-    try:
-        with open(file, newline="", encoding="utf-8-sig") as lines:
-            rows = list(csv.DictReader(lines))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} can't be read: give a CSV of videos with the columns path and caption.") from error
-    if rows and "path" not in rows[0]:
-        raise UserError(f"{file} has no column path: give a CSV of videos with the columns path and caption.")
-    return [row | {"path": str(file.parent / row["path"])} for row in rows]
 
 
 def first_of_each_caption(rows: list[dict[str, str]], count: int) -> list[dict[str, str]]:
