@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from parallel.setup import ParallelConfig
@@ -150,6 +151,7 @@ class PretrainConfig:
         out: the folder for checkpoints, metrics.jsonl and config.yaml; a run in the same folder goes on.
         tokenizer: the folder of the tokenizer that made the codes; codes of another one are refused.
         stages: in their order.
+        data_root: relative paths of tokenizer and codes are looked for in this folder first, then in the working directory.
         network, optimizer, parallel, wandb: see their classes.
         seed: of weights, data order, flips, frame masks and condition dropout.
         checkpoint_every: steps between two checkpoints; the end of a stage and SIGTERM save one, too.
@@ -164,6 +166,7 @@ class PretrainConfig:
     out: str
     tokenizer: str
     stages: tuple[StageConfig, ...]
+    data_root: str = "."
     network: NetworkConfig = field(default_factory=NetworkConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -183,3 +186,8 @@ class PretrainConfig:
         for name in ("checkpoint_every", "keep", "validation_batches", "log_every", "shards_per_window"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1.")
+
+    def find(self, path: str) -> str:
+        """A path of tokenizer or codes, with `data_root` taken into account; URLs and absolute paths stay."""
+        rooted = Path(self.data_root) / path
+        return str(rooted) if "://" not in path and rooted.exists() else path

@@ -1,6 +1,6 @@
 """From a training checkpoint of any layout to the inference format: config.json, model.safetensors, tokenizer/.
 
-    videoar export --checkpoint runs/demo/pretrain/checkpoints --out runs/demo/model
+videoar export --checkpoint runs/demo/pretrain/checkpoints --out runs/demo/model
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def export(
     """
     folder, out = _resolve(Path(checkpoint)), Path(out)
     common = checkpoints.load_common(folder)
-    source = Path(tokenizer or common["config"]["tokenizer"])
+    source = Path(tokenizer or common["tokenizer"])
     fingerprint, _ = read_tokenizer(source)
     expected = common["export"]["tokenizer_fingerprint"]
     if fingerprint != expected:

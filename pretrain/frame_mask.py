@@ -7,7 +7,9 @@ from torch import Tensor
 from pretrain.randomness import Purpose, Randomness
 
 
-def draw_frame_mask(randomness: Randomness, sample_index: Tensor, epoch: Tensor, num_frames: int, p_mask: float) -> Tensor:
+def draw_frame_mask(
+    randomness: Randomness, sample_index: Tensor, epoch: Tensor, num_frames: int, p_mask: float
+) -> Tensor:
     """m with m_{t,t'} = 0 with probability p_mask, one draw per (clip, t, t') for all heads and layers.
 
     Only the entries t' < t have an effect: a frame's own scales and the text are always visible.

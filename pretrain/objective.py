@@ -86,9 +86,7 @@ def prepare(batch: CodeBatch, config: ObjectiveConfig, layout: SequenceLayout, t
         ratios = flip_ratios(config.error_correction, draws.uniform(Purpose.FLIP_RATIO, *clips, steps)).to(device)
         bit_draws = draws.uniform(Purpose.FLIP, *clips, tuple(batch.tokens.shape[1:])).to(device)
         flips = draw_flips(ratios, bit_draws, layout.schedule)
-        inputs, targets = corrupt(
-            batch.tokens, flips, layout, batch.latents, config.residual_down, config.input_down
-        )
+        inputs, targets = corrupt(batch.tokens, flips, layout, batch.latents, config.residual_down, config.input_down)
     else:
         inputs, targets = video_inputs(batch.codes, layout, config.input_down), batch.tokens
     frame_mask = drop_condition = None
@@ -99,7 +97,9 @@ def prepare(batch: CodeBatch, config: ObjectiveConfig, layout: SequenceLayout, t
     if not config.class_conditional:
         return ModelInputs(inputs, targets, batch.text, batch.text_lengths, frame_mask, drop_condition)
     if int(batch.class_ids.min()) < 0:
-        raise UserError("a clip has no class, but the model's condition is the class: set `condition` to text or encode classes.")
+        raise UserError(
+            "a clip has no class, but the model's condition is the class: set `condition` to text or encode classes."
+        )
     one = torch.ones_like(batch.text_lengths)
     return ModelInputs(inputs, targets, batch.class_ids, one, frame_mask, drop_condition)
 
@@ -133,7 +133,9 @@ def bitwise_loss(
     if layout.context_block:
         logits = logits[:, layout.target.to(logits.device)]
     wanted = targets.flatten(1, 2)  # [B, T, N, d] -> [B, T * N, d]
-    entropy = F.binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype), reduction="none").mean(-1)  # [B, T * N]
+    entropy = F.binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype), reduction="none").mean(
+        -1
+    )  # [B, T * N]
     loss = (entropy * token_weights(layout, token_weight).to(entropy)).sum()
     with torch.no_grad():
         right = ((logits > 0) == wanted).float().mean(-1).sum(0).view(frames, -1)  # [T, N], summed over clips

@@ -77,10 +77,12 @@ class Plan:
     Args:
         stages: in their order.
         fingerprint: of the tokenizer.
+        tokenizer: its folder.
     """
 
     stages: tuple[StagePlan, ...]
     fingerprint: str
+    tokenizer: str
 
     @property
     def model(self) -> ModelConfig:
@@ -108,19 +110,20 @@ def make_plan(run: PretrainConfig) -> Plan:
     Raises:
         UserError: codes are missing, not finished, another tokenizer's, or do not fit one network.
     """
-    fingerprint, residual_down = read_tokenizer(run.tokenizer)
+    tokenizer = run.find(run.tokenizer)
+    fingerprint, residual_down = read_tokenizer(tokenizer)
     stages: list[StagePlan] = []
     for index, stage in enumerate(run.stages):
-        datasets = [_dataset(source, fingerprint) for source in stage.codes]
+        datasets = [_dataset(run, source, fingerprint) for source in stage.codes]
         sources = tuple(
-            Source(source.dir, dataset.num_frames, source.proportion, source.cache)
+            Source(dataset.path, dataset.num_frames, source.proportion, source.cache)
             for source, dataset in zip(stage.codes, datasets)
         )
         frames = max(source.num_latent_frames for source in sources)
         validation = None
         if stage.validation is not None:
-            validation = Source(stage.validation, frames)
-            _dataset(SourceConfig(stage.validation, frames), fingerprint)
+            path = _dataset(run, SourceConfig(stage.validation, frames), fingerprint).path
+            validation = Source(path, frames)
         manifests = tuple(dataset.manifest for dataset in datasets)
         model = _model_config(run, stage, sources, manifests, stages[-1].model if stages else None)
         objective = ObjectiveConfig(
@@ -134,7 +137,7 @@ def make_plan(run: PretrainConfig) -> Plan:
             input_down=run.network.input_down,
         )
         stages.append(StagePlan(index, stage, sources, manifests, validation, objective, model))
-    return Plan(tuple(stages), fingerprint)
+    return Plan(tuple(stages), fingerprint, str(Path(tokenizer).resolve()))
 
 
 def read_tokenizer(directory: str | Path) -> tuple[str, DownMode]:
@@ -157,13 +160,15 @@ def read_tokenizer(directory: str | Path) -> tuple[str, DownMode]:
 
 
 @lru_cache(maxsize=16)
-def layout_for(model: ModelConfig, num_frames: int, scales: tuple[tuple[int, int], ...], multiple: int) -> SequenceLayout:
+def layout_for(
+    model: ModelConfig, num_frames: int, scales: tuple[tuple[int, int], ...], multiple: int
+) -> SequenceLayout:
     """The layout of a batch; kept, so that what it computes is computed once."""
     return model.layout(num_frames, ScaleSchedule(scales), multiple)
 
 
-def _dataset(source: SourceConfig, fingerprint: str) -> CodeDataset:
-    return CodeDataset(source.dir, fingerprint, source.num_frames, source.cache)
+def _dataset(run: PretrainConfig, source: SourceConfig, fingerprint: str) -> CodeDataset:
+    return CodeDataset(run.find(source.dir), fingerprint, source.num_frames, source.cache)
 
 
 def _model_config(
@@ -204,9 +209,14 @@ def _model_config(
         fps=finest.fps or DEFAULT_FPS,
     )
     for manifest, source in zip(manifests, sources):
-        for name, mine, theirs in (("bits a token", model.bits, manifest.dim), ("text width", model.text_dim, manifest.text_dim)):
+        for name, mine, theirs in (
+            ("bits a token", model.bits, manifest.dim),
+            ("text width", model.text_dim, manifest.text_dim),
+        ):
             if mine != theirs:
-                raise UserError(f"the codes in {source.path} have {name} {theirs}, others of the run {mine}: encode them alike.")
+                raise UserError(
+                    f"the codes in {source.path} have {name} {theirs}, others of the run {mine}: encode them alike."
+                )
     if before is not None and (before.bits, before.text_dim, before.num_classes) != (
         model.bits,
         model.text_dim,

@@ -1,7 +1,7 @@
 """The training loop: through the stages, with exact resume.
 
-    videoar pretrain --config pretrain/configs/demo/pretrain.yaml                                         one process
-    python -m torch.distributed.run --nproc-per-node 2 -m videoar pretrain --config FILE                  tensor parallel 2
+videoar pretrain --config pretrain/configs/demo/pretrain.yaml                                         one process
+python -m torch.distributed.run --nproc-per-node 2 -m videoar pretrain --config FILE                  tensor parallel 2
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def pretrain(config: PretrainConfig) -> Position:
     """
     plan = make_plan(config)
     info = initialize(config.parallel, config.seed)
-    _check_batches(config, info)
+    check_batches(config, info)
     out = Path(config.out)
     trainer = Trainer(config, plan, info)
     position = trainer.restore()
@@ -119,6 +119,10 @@ class Trainer:
             return Position()
         common = checkpoint.load_common(newest)
         _check_same_run(self.config, self.plan.model, common, newest)
+        # torch's AdamW has no step count before its first update, but a load asks for it: an update by nothing, overwritten next
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        update(self.optimizer, 0.0)
         checkpoint.load(newest, self.chunks, self.optimizer)
         return Position(**common["position"])
 
@@ -155,6 +159,7 @@ class Trainer:
                     self._save(position, stage)
                 if stopping:
                     break
+        stream.close()
         return position
 
     def _step(self, stage: StagePlan, batch: CodeBatch, step: int, global_step: int) -> dict[str, Any]:
@@ -189,14 +194,18 @@ class Trainer:
             for name, value in {"loss": result.loss, **result.report}.items():
                 totals[name] = totals.get(name, 0.0) + value / count
         if self.log is not None:
-            self.log.write(_head(stage, step, global_step) | {f"validation/{name}": value for name, value in totals.items()})
+            self.log.write(
+                _head(stage, step, global_step) | {f"validation/{name}": value for name, value in totals.items()}
+            )
 
     def _loss(self, stage: StagePlan, batch: CodeBatch, training: bool) -> tuple[StepResult, int]:
         """Loss (and gradients) of a global batch, of which `batch` is this rank's part; and its number of predicted tokens."""
         micro = stage.config.micro_batch_size
         batch = batch.to(self.info.device)
         parts = [batch.rows(start, start + micro) for start in range(0, len(batch), micro)]
-        microbatches = [microbatch(part, stage.objective, self.plan.model, self.config.parallel, training) for part in parts]
+        microbatches = [
+            microbatch(part, stage.objective, self.plan.model, self.config.parallel, training) for part in parts
+        ]
 
         def loss(logits: Tensor, one: Microbatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             return bitwise_loss(logits, one.targets, one.layout, stage.objective.token_weight)
@@ -209,6 +218,7 @@ class Trainer:
             "position": vars(position),
             "model": stage.model.to_dict(),
             "export": self.plan.export_info(stage.index),
+            "tokenizer": self.plan.tokenizer,
             "config": settings.to_dict(self.config),
         }
         checkpoint.save(self.checkpoints, position.global_step, self.chunks, self.optimizer, common, self.config.keep)
@@ -261,7 +271,8 @@ def _head(stage: StagePlan, step: int, global_step: int) -> dict[str, Any]:
     return {"stage": stage.config.name, "step": step, "global_step": global_step}
 
 
-def _check_batches(config: PretrainConfig, info: ProcessInfo) -> None:
+def check_batches(config: PretrainConfig, info: ProcessInfo) -> None:
+    """Raises UserError, with a size that works, if a global batch does not divide into microbatches on all ranks."""
     for stage in config.stages:
         share = stage.micro_batch_size * info.data_parallel_size
         if stage.global_batch_size % share:

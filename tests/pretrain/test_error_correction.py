@@ -29,7 +29,9 @@ def _flips(tokens: Tensor, share: float, seed: int = 1) -> Tensor:
     return torch.rand(tokens.shape, generator=torch.Generator().manual_seed(seed)) < share
 
 
-def _slow(tokens: Tensor, flips: Tensor, layout: SequenceLayout, latents: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _slow(
+    tokens: Tensor, flips: Tensor, layout: SequenceLayout, latents: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """One clip, frame, scale and token at a time. Also returns where F had to be known: bool [B, T, N, d]."""
     schedule = layout.schedule
     constants = input_scales(schedule, DIM)
@@ -38,6 +40,7 @@ def _slow(tokens: Tensor, flips: Tensor, layout: SequenceLayout, latents: Tensor
     for clip in range(BATCH):
         before = torch.zeros(DIM, *schedule.grid)
         for frame in range(FRAMES):
+
             def values(bits: Tensor, k: int) -> Tensor:
                 return to_values(bits[starts[k] : starts[k] + schedule.tokens(k)]).T.reshape(DIM, *schedule.scales[k])
 
@@ -155,7 +158,10 @@ def test_ratios_lie_in_their_intervals() -> None:
         first = ratios[:, frame, 0]
         before = ratios[:, frame - 1, -1].clamp(max=high) if frame else torch.full_like(first, low)
         assert (first >= before - 1e-6).all() and (first <= high + 1e-6).all()
-        assert abs(((first - before) / (high - before).clamp(min=1e-9))[high - before > 0.01].mean() - 0.5) < 0.03 or high - low < 0.01
+        assert (
+            abs(((first - before) / (high - before).clamp(min=1e-9))[high - before > 0.01].mean() - 0.5) < 0.03
+            or high - low < 0.01
+        )
     # at p_min + delta t = p_max + delta t = 0.5 nothing is left to draw
     assert torch.allclose(ratios[:, 12 - 1, 1:], torch.tensor(0.5), atol=0.01)
 

@@ -34,7 +34,9 @@ def write_tokenizer(folder: Path) -> str:
     return tokenizer.fingerprint
 
 
-def write_codes(folder: Path, fingerprint: str, side: int = 2, frames: int = 3, clips: int = 24, **changes: Any) -> None:
+def write_codes(
+    folder: Path, fingerprint: str, side: int = 2, frames: int = 3, clips: int = 24, **changes: Any
+) -> None:
     """Code shards of clips whose bits and latents belong together, on the square schedule up to side x side."""
     schedule, latents = ScaleSchedule.square(side, 2), changes.get("has_latents", True)
     generator = torch.Generator().manual_seed(side)
@@ -43,7 +45,7 @@ def write_codes(folder: Path, fingerprint: str, side: int = 2, frames: int = 3, 
         latent = torch.randn(frames, DIM, side, side, generator=generator).half()
         # something to learn: the text decides the latent's mean
         text = np.random.default_rng(number % 4).standard_normal((1 + number % 3, TEXT_DIM)).astype(np.float16)
-        latent += torch.from_numpy(text[0])[None, :, None, None]
+        latent += torch.from_numpy(text[0, :DIM])[None, :, None, None]
         tokens = MultiScaleQuantizer(DIM).quantize(latent.float().movedim(0, 1)[None], schedule).tokens()[0]
         raw = {"caption": f"clip {number}", "source": f"{number}.mp4", "class_id": number % 4}
         writer.write(to_record(tokens, latent if latents else None, text, raw))
@@ -75,7 +77,7 @@ def write_run(folder: Path, **changes: Any) -> Path:
     return file
 
 
-def stage(codes: Path, steps: int, **changes: Any) -> dict[str, Any]:
+def stage(codes: Path, steps: int, /, **changes: Any) -> dict[str, Any]:
     """A stage of images and clips with flips, frame masks and condition dropout."""
     return {
         "name": "one",

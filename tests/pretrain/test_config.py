@@ -1,0 +1,108 @@
+"""Settings: round trip, and mistakes that end in one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pretrain.config import PretrainConfig
+from pretrain.stages import make_plan
+from tests.pretrain.tiny import stage, write_codes, write_run, write_tokenizer
+from tokenizer import settings
+from tokenizer.errors import UserError
+
+FOLDER = Path(__file__).parents[2] / "pretrain" / "configs"
+CONFIGS = [file for file in sorted(FOLDER.rglob("*.yaml")) if "stages:" in file.read_text()]
+
+
+def _edit(file: Path, **changes) -> Path:
+    content = yaml.safe_load(file.read_text())
+    content["stages"][0] |= changes
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_shipped_file_loads(file: Path, tmp_path: Path) -> None:
+    config = settings.load(PretrainConfig, file)
+    settings.save(config, tmp_path / "again.yaml")
+    assert settings.load(PretrainConfig, tmp_path / "again.yaml") == config
+
+
+def test_overrides_and_round_trip(tmp_path: Path) -> None:
+    config = settings.load(PretrainConfig, write_run(tmp_path), ["--optimizer.betas", "[0.8, 0.9]", "--seed", "5"])
+    assert config.optimizer.betas == (0.8, 0.9) and config.seed == 5 and config.stages[0].codes[1].num_frames == 1
+    settings.save(config, tmp_path / "again.yaml")
+    assert settings.load(PretrainConfig, tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"p_masc": 0.1}, "p_masc"),
+        ({"p_mask": 1.5}, "p_mask 1.5"),
+        ({"micro_batch_size": 3}, "microbatches of 3"),
+        ({"error_correction": {"p_max": 0.7}}, "p_max 0.7"),
+        ({"codes": []}, "no codes"),
+    ],
+)
+def test_mistakes_in_a_stage_are_named(tmp_path: Path, changes: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        settings.load(PretrainConfig, _edit(write_run(tmp_path), **changes))
+
+
+def test_an_unknown_key_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="optimizer.warmup_steps"):
+        settings.load(PretrainConfig, write_run(tmp_path, optimizer={"warmup_step": 3}))
+
+
+def test_the_plan_follows_the_stages(tmp_path: Path) -> None:
+    """Grids and frames grow over the stages; the network's weights keep their shapes."""
+    fingerprint = write_tokenizer(tmp_path / "tokenizer")
+    write_codes(tmp_path / "codes", fingerprint, side=2, frames=3, clips=6)
+    write_codes(tmp_path / "large", fingerprint, side=4, frames=2, clips=6)
+    images = stage(tmp_path / "codes", 3, codes=[{"dir": str(tmp_path / "codes"), "num_frames": 1}], name="I")
+    clips = stage(tmp_path / "codes", 3, codes=[{"dir": str(tmp_path / "codes")}], name="II")
+    large = stage(tmp_path / "large", 3, codes=[{"dir": str(tmp_path / "large")}], name="III")
+    plan = make_plan(settings.load(PretrainConfig, write_run(tmp_path, stages=[images, clips, large])))
+    seen = [(one.model.num_frames, one.model.schedule.grid) for one in plan.stages]
+    assert seen == [(1, (2, 2)), (3, (2, 2)), (3, (4, 4))]
+    assert len({one.model.parameter_count() for one in plan.stages}) == 1
+    assert len({one.objective.randomness for one in plan.stages}) == 3
+
+    classes = make_plan(settings.load(PretrainConfig, tmp_path / "run.yaml", ["--network.condition", "class"]))
+    assert classes.model.num_classes == 4 and classes.export_info(0)["class_names"] == ["a", "b", "c", "d"]
+
+
+def test_other_codes_are_refused(tmp_path: Path) -> None:
+    file = write_run(tmp_path)
+    write_codes(tmp_path / "other", "0" * 16)
+    with pytest.raises(UserError, match="made by the tokenizer 0000"):
+        make_plan(settings.load(PretrainConfig, _edit(file, codes=[{"dir": str(tmp_path / "other")}])))
+    with pytest.raises(UserError, match="no finished code shards"):
+        make_plan(settings.load(PretrainConfig, _edit(file, codes=[{"dir": str(tmp_path / "nothing")}])))
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        make_plan(settings.load(PretrainConfig, write_run(tmp_path), ["--tokenizer", str(tmp_path)]))
+    with pytest.raises(UserError, match="no classes"):
+        write_codes(
+            tmp_path / "unclassed",
+            make_plan(settings.load(PretrainConfig, write_run(tmp_path))).fingerprint,
+            classes=[],
+        )
+        unclassed = stage(tmp_path / "unclassed", 2)
+        run = write_run(tmp_path, stages=[unclassed])
+        make_plan(settings.load(PretrainConfig, run, ["--network.condition", "class"]))
+
+
+def test_relative_paths_start_at_the_data_root(tmp_path: Path) -> None:
+    file = write_run(tmp_path)
+    content = yaml.safe_load(file.read_text()) | {"tokenizer": "../tokenizer", "data_root": str(tmp_path / "codes")}
+    content["stages"][0] |= {"codes": [{"dir": "../codes"}], "validation": "../codes"}
+    file.write_text(yaml.safe_dump(content))
+    plan = make_plan(settings.load(PretrainConfig, file))
+    assert Path(plan.tokenizer) == tmp_path / "tokenizer"
+    assert (
+        Path(plan.stages[0].sources[0].path).resolve() == tmp_path / "codes" and plan.stages[0].validation is not None
+    )

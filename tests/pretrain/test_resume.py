@@ -1,0 +1,69 @@
+"""Ten steps equal five steps, a stop, and five more: in loss and gradient norm, to the last bit."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+from parallel import checkpoint
+from tests.pretrain.ranks import run_ranks
+from tests.pretrain.tiny import metrics, stage, write_run
+
+TENSOR_2 = ["--parallel.tensor_parallel_size", "2"]
+EXACT = ("stage", "step", "global_step", "loss", "bit_accuracy", "grad_norm", "lr")
+
+
+def _exact(out: Path) -> list[tuple]:
+    return [tuple(line[name] for name in EXACT) for line in metrics(out)]
+
+
+def _stages(folder: Path) -> list[dict]:
+    return [stage(folder / "codes", 6), stage(folder / "codes", 4, name="two", lr=0.001)]
+
+
+def test_kill_and_sigterm_change_nothing(tmp_path: Path) -> None:
+    """Tensor parallel 2; a kill -9 between checkpoints, then SIGTERM to one process, over two stages."""
+    write_run(tmp_path)  # tokenizer and codes
+    whole = write_run(tmp_path, out=str(tmp_path / "whole"), stages=_stages(tmp_path), checkpoint_every=100)
+    assert run_ranks(whole, 2, TENSOR_2) == [0, 0]
+    expected = _exact(tmp_path / "whole")
+    assert [line[:3] for line in expected] == [("one", s, s) for s in range(1, 7)] + [
+        ("two", s, 6 + s) for s in range(1, 5)
+    ]
+
+    out = tmp_path / "cut"
+    cut = write_run(tmp_path, out=str(out), stages=_stages(tmp_path), checkpoint_every=3, keep=1)
+    codes = run_ranks(cut, 2, TENSOR_2, {4: (1, signal.SIGKILL)})
+    assert codes[1] == -signal.SIGKILL
+    assert len(metrics(out)) == 4
+    # the next line is what a kill in the middle of a write leaves
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "one", "st')
+    newest = checkpoint.latest(out / "checkpoints")
+    assert newest is not None and newest.name == "step-3"
+
+    assert run_ranks(cut, 2, TENSOR_2, {7: (0, signal.SIGTERM)}) == [0, 0]  # the step under way is finished and saved
+    newest = checkpoint.latest(out / "checkpoints")
+    assert newest is not None and newest.name == "step-8" and len(metrics(out)) == 8
+
+    assert run_ranks(cut, 2, TENSOR_2) == [0, 0]
+    assert _exact(out) == expected
+    assert [folder.name for folder in (out / "checkpoints").iterdir()] == ["step-10"]
+
+    # nothing is left to do
+    assert run_ranks(cut, 2, TENSOR_2) == [0, 0]
+    assert _exact(out) == expected
+
+
+def test_another_layout_goes_on_alike(tmp_path: Path) -> None:
+    """Two data-parallel processes take over from one, and pipeline parallel 2 from them."""
+    whole = write_run(tmp_path, stages=[stage(tmp_path / "codes", 9)])
+    assert run_ranks(whole, 1, []) == [0]
+    out = tmp_path / "cut"
+    cut = write_run(tmp_path, out=str(out), stages=[stage(tmp_path / "codes", 9)])
+    assert run_ranks(cut, 1, [], {2: (0, signal.SIGTERM)}) == [0]
+    assert run_ranks(cut, 2, [], {5: (1, signal.SIGTERM)}) == [0, 0]
+    assert run_ranks(cut, 2, ["--parallel.pipeline_parallel_size", "2"]) == [0, 0]
+    for one, other in zip(metrics(tmp_path / "run"), metrics(out), strict=True):
+        for name in ("loss", "grad_norm", "bit_accuracy"):
+            assert abs(one[name] - other[name]) < 2e-5, (one["step"], name)
