@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from pathlib import Path
 from typing import Literal
 
@@ -148,6 +149,7 @@ class PretrainConfig:
     """A pretraining run through its stages.
 
     Args:
+        root: the folder that all relative paths below start from.
         out: the folder for checkpoints, metrics.jsonl and config.yaml; a run in the same folder goes on.
         tokenizer: the folder of the tokenizer that made the codes; codes of another one are refused.
         stages: in their order.
@@ -166,6 +168,7 @@ class PretrainConfig:
     out: str
     tokenizer: str
     stages: tuple[StageConfig, ...]
+    root: str = "."
     data_root: str = "."
     network: NetworkConfig = field(default_factory=NetworkConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -191,3 +194,19 @@ class PretrainConfig:
         """A path of tokenizer or codes, with `data_root` taken into account; URLs and absolute paths stay."""
         rooted = Path(self.data_root) / path
         return str(rooted) if "://" not in path and rooted.exists() else path
+
+    def rooted(self) -> PretrainConfig:
+        """The same run with every relative path joined to `root`; URLs stay."""
+
+        def join(path: str) -> str:
+            return path if "://" in path else str(Path(self.root) / path)
+
+        stages = tuple(
+            replace(
+                stage,
+                codes=tuple(replace(source, dir=join(source.dir)) for source in stage.codes),
+                validation=None if stage.validation is None else join(stage.validation),
+            )
+            for stage in self.stages
+        )
+        return replace(self, root=".", out=join(self.out), tokenizer=join(self.tokenizer), stages=stages)

@@ -117,7 +117,7 @@ def plan(config: DemoConfig, out: Path) -> list[Step]:
         "tokenizer": [videoar("tokenizer", "train", "--config", tokenizer_config, "--shards", shards / "train", "--out", out / "tokenizer")],
         "encode": [encode(split) for split in SPLITS],
         "pretrain": [
-            videoar("pretrain", "--config", pretrain_config, "--data_root", codes, "--out", out / "pretrain", processes=config.processes)
+            videoar("pretrain", "--config", pretrain_config, "--root", out, processes=config.processes)
         ],
         "export": [
             videoar("export", "--checkpoint", out / "pretrain", "--tokenizer", out / "tokenizer", "--out", out / "model", "--verify")

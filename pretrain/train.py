@@ -71,6 +71,7 @@ def pretrain(config: PretrainConfig) -> Position:
     Raises:
         UserError: settings, codes, layout or checkpoint do not fit together, or the loss is not finite.
     """
+    config = config.rooted()
     plan = make_plan(config)
     info = initialize(config.parallel, config.seed)
     check_batches(config, info)
