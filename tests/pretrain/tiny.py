@@ -35,10 +35,10 @@ def write_tokenizer(folder: Path) -> str:
 
 
 def write_codes(
-    folder: Path, fingerprint: str, side: int = 2, frames: int = 3, clips: int = 24, **changes: Any
+    folder: Path, fingerprint: str, side: int = 2, frames: int = 3, clips: int = 24, scales: int = 2, **changes: Any
 ) -> None:
     """Code shards of clips whose bits and latents belong together, on the square schedule up to side x side."""
-    schedule, latents = ScaleSchedule.square(side, 2), changes.get("has_latents", True)
+    schedule, latents = ScaleSchedule.square(side, scales), changes.get("has_latents", True)
     generator = torch.Generator().manual_seed(side)
     writer = MDSWriter(columns=columns(latents), out=str(folder / "00000"), hashes=[HASH])
     for number in range(clips):
