@@ -218,7 +218,9 @@ class CodeStream:
         num_workers: int = 0,
     ):
         if not sources or min(source.proportion for source in sources) <= 0:
-            raise UserError("a stage needs at least one source of codes, each with a proportion above 0: mend its `sources`.")
+            raise UserError(
+                "a stage needs at least one source of codes, each with a proportion above 0: mend its `sources`."
+            )
         if global_batch_size % size or not 0 <= rank < size:
             raise UserError(
                 f"a global batch of {global_batch_size} clips can't be shared by {size} data-parallel ranks: choose a multiple of {size}."
@@ -229,7 +231,9 @@ class CodeStream:
         widths = {dataset.manifest.text_dim for dataset in self.datasets}
         encoders = {dataset.manifest.text_fingerprint for dataset in self.datasets}
         if len(encoders) > 1 or len(widths) > 1:
-            raise UserError(f"the sources' texts were encoded by {sorted(encoders)}: encode all of them with one text encoder.")
+            raise UserError(
+                f"the sources' texts were encoded by {sorted(encoders)}: encode all of them with one text encoder."
+            )
         for source, dataset in zip(sources, self.datasets):
             if not len(dataset):
                 raise UserError(f"{source.path} holds no clips: name other codes.")
@@ -238,7 +242,9 @@ class CodeStream:
             for number, dataset in enumerate(self.datasets)
         ]
         self._batches = _Batches(self.datasets, orders, max_text_length)
-        self._shares = np.array([source.proportion for source in sources]) / sum(source.proportion for source in sources)
+        self._shares = np.array([source.proportion for source in sources]) / sum(
+            source.proportion for source in sources
+        )
         self.samples = [0] * len(sources)
         self._iterator: Iterator[CodeBatch] | None = None
 
@@ -255,8 +261,12 @@ class CodeStream:
             self._iterator = self._read()
         batch = next(self._iterator)
         # counted when handed out: what workers have read ahead is read again after a resume
-        self.samples[self._next_source(self.samples)] += self.global_batch_size
+        self.samples[_next_source(self._shares, self.samples, self.global_batch_size)] += self.global_batch_size
         return batch
+
+    def close(self) -> None:
+        """Ends the worker processes; the next batch would start them again where this object stands."""
+        self._iterator = None
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands: clips read of each source by all ranks, and what the order depends on."""
@@ -275,7 +285,7 @@ class CodeStream:
                     "go on with the old value, or start a new run."
                 )
         self.samples = [int(count) for count in state["samples"]]
-        self._iterator = None
+        self.close()
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -293,28 +303,37 @@ class CodeStream:
             ],
         }
 
-    def _next_source(self, samples: Sequence[int]) -> int:
-        batches = np.array(samples) // self.global_batch_size
-        return int(np.argmax(self._shares * (batches.sum() + 1) - batches))
-
-    def _plan(self) -> Iterator[tuple[int, int, int]]:
-        """(source, first, stop) of this rank for each step from here on."""
-        samples = list(self.samples)
-        local = self.global_batch_size // self.size
-        while True:
-            source = self._next_source(samples)
-            first = samples[source] + self.rank * local
-            yield source, first, first + local
-            samples[source] += self.global_batch_size
-
     def _read(self) -> Iterator[CodeBatch]:
+        local = self.global_batch_size // self.size
+        # a function, not a method: an iterator that refers to this object would be a cycle, and the garbage collector takes
+        # many seconds to end the worker processes of such a loader
+        plan = _plan(
+            self._shares, self.samples, self.global_batch_size, slice(self.rank * local, (self.rank + 1) * local)
+        )
         if not self.num_workers:
-            return map(self._batches.__getitem__, self._plan())
+            return map(self._batches.__getitem__, plan)
         loader = DataLoader(
             self._batches,
-            sampler=self._plan(),  # type: ignore[arg-type]
+            sampler=plan,  # type: ignore[arg-type]
             batch_size=None,
             num_workers=self.num_workers,
             timeout=WORKER_TIMEOUT,
         )
         return iter(loader)
+
+
+def _next_source(shares: np.ndarray, samples: Sequence[int], global_batch_size: int) -> int:
+    """The source that is furthest behind its share of all batches, the next one included."""
+    batches = np.array(samples) // global_batch_size
+    return int(np.argmax(shares * (batches.sum() + 1) - batches))
+
+
+def _plan(
+    shares: np.ndarray, samples: Sequence[int], global_batch_size: int, part: slice
+) -> Iterator[tuple[int, int, int]]:
+    """(source, first, stop) for each step from here on: the positions of this rank's part of the global batch."""
+    samples = list(samples)
+    while True:
+        source = _next_source(shares, samples, global_batch_size)
+        yield source, samples[source] + part.start, samples[source] + part.stop
+        samples[source] += global_batch_size

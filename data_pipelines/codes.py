@@ -91,11 +91,15 @@ class Manifest:
         """
         file = Path(folder) / MANIFEST
         if not file.is_file():
-            raise UserError(f"{folder} holds no finished code shards: {MANIFEST} is missing; run `videoar encode` to its end.")
+            raise UserError(
+                f"{folder} holds no finished code shards: {MANIFEST} is missing; run `videoar encode` to its end."
+            )
         try:
             content = json.loads(file.read_text())
             if content["format"] != FORMAT:
-                raise UserError(f"{file} has format {content['format']}, this program reads {FORMAT}: encode the clips again.")
+                raise UserError(
+                    f"{file} has format {content['format']}, this program reads {FORMAT}: encode the clips again."
+                )
             return cls(**content)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} can't be read ({str(error)[:200]}): encode the clips again.") from error
@@ -212,5 +216,7 @@ def _fetch_manifest(path: str, cache: str | Path | None) -> Manifest:
             raise UserError(f"the cache {cache} holds other codes than {path}: empty it or name another cache folder.")
         os.replace(part, local)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{remote} can't be fetched ({str(error)[:200]}): check the address and that encoding has finished.") from error
+        raise UserError(
+            f"{remote} can't be fetched ({str(error)[:200]}): check the address and that encoding has finished."
+        ) from error
     return Manifest.read(cache)

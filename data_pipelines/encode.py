@@ -113,7 +113,7 @@ def encode(config: EncodeConfig) -> list[EncodeSummary]:
     classes = read_shards_receipt(Path(config.shards))["classes"]
     raw = ShardFolder(config.shards)
     tokenizer = VideoTokenizer.from_pretrained(config.tokenizer)
-    jobs = [_job(config, tokenizer.fingerprint, variant) for variant in config.variants]
+    jobs = [make_job(config, tokenizer.fingerprint, variant) for variant in config.variants]
     folders = [Path(config.out, variant) for variant in config.variants]
     done_before = [_claim(folder, job) for folder, job in zip(folders, jobs)]
     tasks = [
@@ -139,11 +139,14 @@ def encode(config: EncodeConfig) -> list[EncodeSummary]:
         summaries.append(EncodeSummary(job.variant, len(raw), manifest.rows, manifest.dead, done))
     for summary in summaries:
         state = "finished before, nothing to do" if summary.already_done else "done"
-        print(f"{summary.variant}: {state}: {summary.rows_in} clips in, {summary.rows_out} encoded, {summary.dead} could not be read.")
+        print(
+            f"{summary.variant}: {state}: {summary.rows_in} clips in, {summary.rows_out} encoded, {summary.dead} could not be read."
+        )
     return summaries
 
 
-def _job(config: EncodeConfig, fingerprint: str, variant: str) -> Job:
+def make_job(config: EncodeConfig, fingerprint: str, variant: str) -> Job:
+    """What decides the content of a variant's code shards."""
     index = Path(config.shards, "index.json").read_bytes()
     return Job(
         variant=variant,
@@ -162,7 +165,9 @@ def _claim(folder: Path, job: Job) -> bool:
     """Makes the folder this job's own; True if the job was finished before."""
     if not (folder / JOB).is_file():
         if folder.exists() and any(entry.name != TEMPORARY for entry in folder.iterdir()):
-            raise UserError(f"{folder} exists and was not written by `videoar encode`: name another --out, or move it away.")
+            raise UserError(
+                f"{folder} exists and was not written by `videoar encode`: name another --out, or move it away."
+            )
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / JOB, json.dumps(asdict(job), indent=1, sort_keys=True))
     content = json.loads((folder / JOB).read_text())
@@ -180,7 +185,9 @@ def _finish(folder: Path, job: Job, raw: ShardFolder, classes: list[str], tokeni
     for shard, rows in enumerate(raw.rows_per_shard.tolist()):
         receipt = read_receipt(folder, shard)
         if receipt is None or receipt["job"] != asdict(job):
-            raise UserError(f"the shard {folder}/{shard:05d} is missing or of another run: start `videoar encode` again.")
+            raise UserError(
+                f"the shard {folder}/{shard:05d} is missing or of another run: start `videoar encode` again."
+            )
         if not rows == receipt["rows_in"] == receipt["rows_out"] + len(receipt["dead"]):
             raise UserError(
                 f"the counts of {folder}/{shard:05d} do not add up ({rows} rows, {receipt['rows_out']} encoded, "

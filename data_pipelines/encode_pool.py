@@ -28,6 +28,25 @@ OBJECT_STORE = 200 << 20  # bytes; only paths and receipts travel
 ROOT = str(Path(__file__).resolve().parents[1])
 
 
+def start_ray(num_cpus: int) -> str:
+    """Starts Ray inside this machine, for this process; returns its address.
+
+    Args:
+        num_cpus: CPUs that Ray may hand out.
+    """
+    context = ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=OBJECT_STORE,
+        # by default Ray's workers give way to everything else on the machine, to the point of standing still
+        _system_config={"worker_niceness": 0},
+    )
+    return context.address_info["gcs_address"]
+
+
 class EncodeActor:
     """A `ShardEncoder` in a process of its own."""
 
@@ -80,15 +99,7 @@ class EncoderPool:
                     f"no Ray cluster answers at '{self.ray_address}' ({_short(error)}): start one, or leave --ray-address out."
                 ) from error
         else:
-            cores = os.cpu_count() or 1
-            ray.init(
-                address="local",
-                num_cpus=max(cores, self.num_workers * self.threads),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                object_store_memory=OBJECT_STORE,
-            )
+            start_ray(max(os.cpu_count() or 1, self.num_workers * self.threads))
         self._started_ray = True
         return self
 
@@ -181,7 +192,9 @@ class EncoderPool:
             _raise_user_error(error)
             tries[worker] += 1
             if tries[worker] >= STARTS:
-                raise UserError(f"an encoding worker does not start ({_short(error)}): see the logs in /tmp/ray.") from error
+                raise UserError(
+                    f"an encoding worker does not start ({_short(error)}): see the logs in /tmp/ray."
+                ) from error
             time.sleep(POLL)
             return False
 

@@ -57,7 +57,9 @@ class Variant:
         for side in (variant.height, variant.width):
             if side < 16 or side % 16:
                 near = max(16, round(side / 16) * 16)
-                raise UserError(f"the variant '{text}' has a side of {side}, which is not a multiple of 16: choose {near}.")
+                raise UserError(
+                    f"the variant '{text}' has a side of {side}, which is not a multiple of 16: choose {near}."
+                )
         return variant
 
     @property
@@ -154,7 +156,9 @@ class ShardEncoder:
         """
         job, final = task.job, Path(task.out, task.name)
         if self.tokenizer.fingerprint != job.fingerprint:
-            raise UserError(f"the tokenizer changed while it was in use (now {self.tokenizer.fingerprint}): start `videoar encode` again.")
+            raise UserError(
+                f"the tokenizer changed while it was in use (now {self.tokenizer.fingerprint}): start `videoar encode` again."
+            )
         folder = Path(task.out, TEMPORARY, f"{task.name}.{task.attempt}")
         folder.mkdir(parents=True)
         try:
@@ -178,6 +182,7 @@ class ShardEncoder:
             with open(folder / RECEIPT, "w") as out:
                 json.dump(receipt, out, indent=1, sort_keys=True)
             sync(folder / RECEIPT)
+            sync(folder)
             try:
                 os.rename(folder, final)
             except OSError:

@@ -47,17 +47,25 @@ class ShardFolder:
         self.cache = None if cache is None else Path(cache)
         local = self.path if self.cache is None else str(self.cache)
         if self.cache is None and not Path(local, "index.json").is_file():
-            raise UserError(f"{local} holds no shards: its index.json is missing; finish writing it or name another folder.")
+            raise UserError(
+                f"{local} holds no shards: its index.json is missing; finish writing it or name another folder."
+            )
         if self.cache is not None:
             self.cache.mkdir(parents=True, exist_ok=True)
         self._stream = Stream(
-            remote=None if self.cache is None else self.path, local=local, download_retry=2, download_timeout=300, keep_zip=False
+            remote=None if self.cache is None else self.path,
+            local=local,
+            download_retry=2,
+            download_timeout=300,
+            keep_zip=False,
         )
         try:
             with self._lock():
                 self.shards: list[Reader] = self._stream.get_shards(ALONE, allow_unsafe_types=False)
         except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
-            raise UserError(f"the index of {self.path} can't be read ({_short(error)}): write or copy the shards again.") from error
+            raise UserError(
+                f"the index of {self.path} can't be read ({_short(error)}): write or copy the shards again."
+            ) from error
         self.rows_per_shard = np.array([len(shard) for shard in self.shards], dtype=np.int64)
         self._ends = self.rows_per_shard.cumsum()
         self._checked: set[int] = set()
@@ -85,7 +93,8 @@ class ShardFolder:
             try:
                 return self.shards[shard_id][row]
             except FileNotFoundError:
-                self._checked.discard(shard_id)  # it went after it was checked: fetch it again, or say that it is missing
+                # it went after it was checked: fetch it again, or say that it is missing
+                self._checked.discard(shard_id)
             except (ValueError, IndexError, OSError) as error:
                 raise self._damaged(shard_id, _short(error)) from error
         raise self._damaged(shard_id, "it is missing")

@@ -19,13 +19,23 @@ from tokenizer import UserError
 def mix(tmp_path: Path) -> list[Source]:
     write_code_folder(tmp_path / "a", [3, 4, 2, 4], seed=1)
     write_code_folder(tmp_path / "b", [5], seed=2)
-    return [Source(str(tmp_path / "a"), 3, 0.5), Source(str(tmp_path / "a"), 1, 0.25), Source(str(tmp_path / "b"), 2, 0.25)]
+    return [
+        Source(str(tmp_path / "a"), 3, 0.5),
+        Source(str(tmp_path / "a"), 1, 0.25),
+        Source(str(tmp_path / "b"), 2, 0.25),
+    ]
 
 
 def seen(stream: CodeStream, batches: int) -> list[tuple]:
     """What tells batches apart: shape, clips, epochs, bits and text."""
     return [
-        (batch.tokens.shape[1], batch.sample_index.tolist(), batch.epoch.tolist(), int(batch.tokens.sum()), float(batch.text.sum()))
+        (
+            batch.tokens.shape[1],
+            batch.sample_index.tolist(),
+            batch.epoch.tolist(),
+            int(batch.tokens.sum()),
+            float(batch.text.sum()),
+        )
         for batch in islice(stream, batches)
     ]
 
@@ -111,7 +121,16 @@ def test_a_window_keeps_few_shards_in_use():
 
 def test_the_order_never_changes_between_versions():
     order = ShuffledRows(np.array([4, 4]), key=(5, 0), shards_per_window=2)
-    assert [order[position][1] for position in range(8)] == [4, 5, 7, 1, 6, 3, 2, 0]  # a saved position must mean the same for ever
+    assert [order[position][1] for position in range(8)] == [
+        4,
+        5,
+        7,
+        1,
+        6,
+        3,
+        2,
+        0,
+    ]  # a saved position must mean the same for ever
 
 
 def test_texts_are_padded_and_cut(tmp_path: Path):
