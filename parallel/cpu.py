@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import layers, mappings
 from megatron.core.tensor_parallel import random as megatron_random
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
@@ -21,6 +24,42 @@ def _set_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
     torch.set_rng_state(state)
 
 
+def _exchange(send: Tensor, receive: Tensor, group: dist.ProcessGroup) -> None:
+    """With the other one of two ranks."""
+    peer = dist.get_global_rank(group, 1 - group.rank())
+    sent = dist.isend(send.contiguous(), peer, group=group)
+    dist.recv(receive, peer, group=group)
+    if sent is not None:
+        sent.wait()
+
+
+class _Done:
+    """The handle of a collective that is over."""
+
+    def wait(self) -> None:
+        pass
+
+
+def _all_gather(output: Tensor, input: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> Any:
+    """Between two CPU ranks an exchange of halves takes less than half of the time of gloo's collective."""
+    if group.size() != 2:
+        return dist.all_gather_into_tensor(output, input, group=group, async_op=async_op)
+    halves = output.chunk(2)
+    _exchange(input, halves[1 - group.rank()], group)
+    halves[group.rank()].copy_(input)
+    return _Done()
+
+
+def _reduce_scatter(output: Tensor, input: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> Any:
+    """As `_all_gather`."""
+    if group.size() != 2:
+        return dist.reduce_scatter_tensor(output, input, group=group, async_op=async_op)
+    halves = input.chunk(2)
+    _exchange(halves[1 - group.rank()], output, group)
+    output.add_(halves[group.rank()])
+    return _Done()
+
+
 # (owner, attribute, replacement)
 _REDIRECTIONS: tuple[tuple[Any, str, Any], ...] = (
     (torch.cuda, "current_device", lambda: CPU),
@@ -31,6 +70,10 @@ _REDIRECTIONS: tuple[tuple[Any, str, Any], ...] = (
     (torch.cuda, "set_rng_state", _set_state),
     (megatron_random, "_get_cuda_rng_state", _get_state),
     (megatron_random, "_set_cuda_rng_state", _set_state),
+    (layers, "dist_all_gather_func", _all_gather),
+    (layers, "dist_reduce_scatter_func", _reduce_scatter),
+    (mappings, "dist_all_gather_func", _all_gather),
+    (mappings, "dist_reduce_scatter_func", _reduce_scatter),
 )
 
 

@@ -78,6 +78,21 @@ class ProcessInfo:
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> None:
     """Raises UserError, with the nearest sizes that work, if the network does not divide over the processes."""
+    _check_processes(parallel, world_size)
+    tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    for what, value, size, name in (
+        ("num_attention_heads", model.num_attention_heads, tensor, "tensor_parallel_size"),
+        ("ffn_hidden_size", model.feed_forward_size, tensor, "tensor_parallel_size"),
+        ("num_layers", model.num_layers, pipeline, "pipeline_parallel_size"),
+    ):
+        if value % size:
+            works = max(divisor for divisor in range(1, size) if value % divisor == 0)
+            raise UserError(
+                f"{what} {value} does not divide by {name} {size}: choose {name} {works} or {what} {_neighbours(value, size)}."
+            )
+
+
+def _check_processes(parallel: ParallelConfig, world_size: int) -> None:
     tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     if min(tensor, pipeline) < 1:
         raise UserError(f"tensor_parallel_size {tensor} and pipeline_parallel_size {pipeline} must be at least 1.")
@@ -87,17 +102,6 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, world_size: int) 
             f"{world_size} processes do not divide into groups of {both} (tensor parallel {tensor} x pipeline parallel "
             f"{pipeline}): start {_neighbours(world_size, both)} processes or change the two sizes."
         )
-    ffn = model.ffn_hidden_size or 4 * model.hidden_size
-    for what, value, size, name in (
-        ("num_attention_heads", model.num_attention_heads, tensor, "tensor_parallel_size"),
-        ("ffn_hidden_size", ffn, tensor, "tensor_parallel_size"),
-        ("num_layers", model.num_layers, pipeline, "pipeline_parallel_size"),
-    ):
-        if value % size:
-            works = max(divisor for divisor in range(1, size) if value % divisor == 0)
-            raise UserError(
-                f"{what} {value} does not divide by {name} {size}: choose {name} {works} or {what} {_neighbours(value, size)}."
-            )
 
 
 def _neighbours(value: int, multiple: int) -> str:
@@ -131,13 +135,11 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30.
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     world_size = dist.get_world_size()
-    both = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
-    if world_size % both:
+    try:
+        _check_processes(parallel, world_size)
+    except UserError:
         dist.destroy_process_group()
-        raise UserError(
-            f"{world_size} processes do not divide into groups of {both} (tensor parallel {parallel.tensor_parallel_size} x "
-            f"pipeline parallel {parallel.pipeline_parallel_size}): start {_neighbours(world_size, both)} processes."
-        )
+        raise
     with cuda_redirected():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_parallel_size,
