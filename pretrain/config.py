@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from pathlib import Path
 from typing import Literal
 
 from parallel.setup import ParallelConfig
@@ -153,7 +152,6 @@ class PretrainConfig:
         out: the folder for checkpoints, metrics.jsonl and config.yaml; a run in the same folder goes on.
         tokenizer: the folder of the tokenizer that made the codes; codes of another one are refused.
         stages: in their order.
-        data_root: relative paths of tokenizer and codes are looked for in this folder first, then in the working directory.
         network, optimizer, parallel, wandb: see their classes.
         seed: of weights, data order, flips, frame masks and condition dropout.
         checkpoint_every: steps between two checkpoints; the end of a stage and SIGTERM save one, too.
@@ -169,7 +167,6 @@ class PretrainConfig:
     tokenizer: str
     stages: tuple[StageConfig, ...]
     root: str = "."
-    data_root: str = "."
     network: NetworkConfig = field(default_factory=NetworkConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -190,11 +187,6 @@ class PretrainConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1.")
 
-    def find(self, path: str) -> str:
-        """A path of tokenizer or codes, with `data_root` taken into account; URLs and absolute paths stay."""
-        rooted = Path(self.data_root) / path
-        return str(rooted) if "://" not in path and rooted.exists() else path
-
     def rooted(self) -> PretrainConfig:
         """The same run with every relative path joined to `root`; URLs stay."""
 
@@ -204,7 +196,10 @@ class PretrainConfig:
         stages = tuple(
             replace(
                 stage,
-                codes=tuple(replace(source, dir=join(source.dir)) for source in stage.codes),
+                codes=tuple(
+                    replace(source, dir=join(source.dir), cache=None if source.cache is None else join(source.cache))
+                    for source in stage.codes
+                ),
                 validation=None if stage.validation is None else join(stage.validation),
             )
             for stage in self.stages

@@ -105,16 +105,15 @@ class Plan:
 
 
 def make_plan(run: PretrainConfig) -> Plan:
-    """Reads the tokenizer's configuration and all manifests.
+    """Reads the tokenizer's configuration and all manifests; the paths of the run are `rooted` already.
 
     Raises:
         UserError: codes are missing, not finished, another tokenizer's, or do not fit one network.
     """
-    tokenizer = run.find(run.tokenizer)
-    fingerprint, residual_down = read_tokenizer(tokenizer)
+    fingerprint, residual_down = read_tokenizer(run.tokenizer)
     stages: list[StagePlan] = []
     for index, stage in enumerate(run.stages):
-        datasets = [_dataset(run, source, fingerprint) for source in stage.codes]
+        datasets = [_dataset(source, fingerprint) for source in stage.codes]
         sources = tuple(
             Source(dataset.path, dataset.num_frames, source.proportion, source.cache)
             for source, dataset in zip(stage.codes, datasets)
@@ -122,7 +121,7 @@ def make_plan(run: PretrainConfig) -> Plan:
         frames = max(source.num_latent_frames for source in sources)
         validation = None
         if stage.validation is not None:
-            path = _dataset(run, SourceConfig(stage.validation, frames), fingerprint).path
+            path = _dataset(SourceConfig(stage.validation, frames), fingerprint).path
             validation = Source(path, frames)
         manifests = tuple(dataset.manifest for dataset in datasets)
         model = _model_config(run, stage, sources, manifests, stages[-1].model if stages else None)
@@ -137,7 +136,7 @@ def make_plan(run: PretrainConfig) -> Plan:
             input_down=run.network.input_down,
         )
         stages.append(StagePlan(index, stage, sources, manifests, validation, objective, model))
-    return Plan(tuple(stages), fingerprint, str(Path(tokenizer).resolve()))
+    return Plan(tuple(stages), fingerprint, str(Path(run.tokenizer).resolve()))
 
 
 def read_tokenizer(directory: str | Path) -> tuple[str, DownMode]:
@@ -167,8 +166,8 @@ def layout_for(
     return model.layout(num_frames, ScaleSchedule(scales), multiple)
 
 
-def _dataset(run: PretrainConfig, source: SourceConfig, fingerprint: str) -> CodeDataset:
-    return CodeDataset(run.find(source.dir), fingerprint, source.num_frames, source.cache)
+def _dataset(source: SourceConfig, fingerprint: str) -> CodeDataset:
+    return CodeDataset(source.dir, fingerprint, source.num_frames, source.cache)
 
 
 def _model_config(

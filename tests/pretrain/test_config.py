@@ -96,13 +96,16 @@ def test_other_codes_are_refused(tmp_path: Path) -> None:
         make_plan(settings.load(PretrainConfig, run, ["--network.condition", "class"]))
 
 
-def test_relative_paths_start_at_the_data_root(tmp_path: Path) -> None:
-    file = write_run(tmp_path)
-    content = yaml.safe_load(file.read_text()) | {"tokenizer": "../tokenizer", "data_root": str(tmp_path / "codes")}
-    content["stages"][0] |= {"codes": [{"dir": "../codes"}], "validation": "../codes"}
-    file.write_text(yaml.safe_dump(content))
-    plan = make_plan(settings.load(PretrainConfig, file))
-    assert Path(plan.tokenizer) == tmp_path / "tokenizer"
-    assert (
-        Path(plan.stages[0].sources[0].path).resolve() == tmp_path / "codes" and plan.stages[0].validation is not None
-    )
+def test_relative_paths_start_at_the_root(tmp_path: Path) -> None:
+    codes = [{"dir": "codes", "cache": "cache"}, {"dir": "s3://bucket/codes"}, {"dir": "/absolute"}]
+    file = write_run(tmp_path, out="run", tokenizer="tokenizer", root=str(tmp_path))
+    config = settings.load(PretrainConfig, _edit(file, codes=codes, validation="codes")).rooted()
+    assert (config.out, config.tokenizer) == (str(tmp_path / "run"), str(tmp_path / "tokenizer"))
+    assert [source.dir for source in config.stages[0].codes] == [
+        str(tmp_path / "codes"),
+        "s3://bucket/codes",
+        "/absolute",
+    ]
+    assert config.stages[0].codes[0].cache == str(tmp_path / "cache")
+    assert config.stages[0].validation == str(tmp_path / "codes")
+    assert config.rooted() == config
