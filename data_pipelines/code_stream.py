@@ -153,7 +153,7 @@ class ShuffledRows:
     def _permuted_window(self, epoch: int, window: int) -> np.ndarray:
         order, _ = self._shards(epoch)
         shards = order[window * self.window : (window + 1) * self.window]
-        rows = np.concatenate([self.starts[s] + np.arange(self.rows_per_shard[s]) for s in shards])
+        rows = np.concatenate([self.starts[s] + np.arange(int(self.rows_per_shard[s])) for s in shards])
         return rows[_permutation(len(rows), (*self.key, epoch, 1 + window))]
 
     def __getstate__(self) -> dict[str, Any]:

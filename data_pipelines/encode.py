@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import uuid
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from streaming.base.util import merge_index
@@ -39,7 +39,7 @@ class EncodeConfig:
         shards: folder of raw shards (`videoar shards`).
         tokenizer: folder of a trained tokenizer.
         out: where the code shards go, one folder a variant.
-        variants: sizes, each HEIGHTxWIDTHxFRAMES.
+        variants: sizes, each HEIGHTxWIDTHxFRAMES: a list, or a text with commas.
         latents: store float16 latents too (eight times the size of the bits; makes re-quantised targets exact).
         text_encoder: "bytes", or "t5:" and a directory.
         text_dim: width of the text features.
@@ -54,7 +54,7 @@ class EncodeConfig:
     shards: str
     tokenizer: str
     out: str
-    variants: list[str] = field(default_factory=lambda: ["64x64x17"])
+    variants: list[str] | str = "64x64x17"
     latents: bool = False
     text_encoder: str = "bytes"
     text_dim: int = 64
@@ -66,14 +66,19 @@ class EncodeConfig:
     ray_address: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.variants or len(set(self.variants)) < len(self.variants):
+        if not self.sizes or len(set(self.sizes)) < len(self.sizes):
             raise UserError(f"the variants {self.variants} are empty or repeat themselves: name each size once.")
-        for variant in self.variants:
-            Variant.parse(variant)
+        for size in self.sizes:
+            Variant.parse(size)
         if min(self.batch_size, self.threads) < 1 or self.num_workers < 0:
             raise UserError("batch_size and threads must be at least 1 and num_workers at least 0: mend the settings.")
         if self.device not in ("cpu", "cuda"):
             raise UserError(f"the device '{self.device}' is unknown: choose cpu or cuda.")
+
+    @property
+    def sizes(self) -> list[str]:
+        """The variants' names."""
+        return self.variants.split(",") if isinstance(self.variants, str) else list(self.variants)
 
 
 @dataclass(frozen=True)
@@ -113,8 +118,8 @@ def encode(config: EncodeConfig) -> list[EncodeSummary]:
     classes = read_shards_receipt(Path(config.shards))["classes"]
     raw = ShardFolder(config.shards)
     tokenizer = VideoTokenizer.from_pretrained(config.tokenizer)
-    jobs = [make_job(config, tokenizer.fingerprint, variant) for variant in config.variants]
-    folders = [Path(config.out, variant) for variant in config.variants]
+    jobs = [make_job(config, tokenizer.fingerprint, variant) for variant in config.sizes]
+    folders = [Path(config.out, variant) for variant in config.sizes]
     done_before = [_claim(folder, job) for folder, job in zip(folders, jobs)]
     tasks = [
         Task(job=job, out=str(folder), shard=shard, attempt="")

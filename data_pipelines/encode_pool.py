@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -34,17 +35,17 @@ def start_ray(num_cpus: int) -> str:
     Args:
         num_cpus: CPUs that Ray may hand out.
     """
-    context = ray.init(
+    ray.init(
         address="local",
         num_cpus=num_cpus,
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
         object_store_memory=OBJECT_STORE,
         # by default Ray's workers give way to everything else on the machine, to the point of standing still
         _system_config={"worker_niceness": 0},
     )
-    return context.address_info["gcs_address"]
+    return ray.get_runtime_context().gcs_address
 
 
 class EncodeActor:
@@ -93,7 +94,7 @@ class EncoderPool:
             return self
         if self.ray_address:
             try:
-                ray.init(address=self.ray_address, log_to_driver=False, logging_level="ERROR")
+                ray.init(address=self.ray_address, log_to_driver=False, logging_level=logging.ERROR)
             except (RayError, ConnectionError, RuntimeError, ValueError) as error:
                 raise UserError(
                     f"no Ray cluster answers at '{self.ray_address}' ({_short(error)}): start one, or leave --ray-address out."

@@ -191,7 +191,7 @@ def test_other_settings_and_another_tokenizer_are_refused(base: Path, undisturbe
 
 
 def wait_until(condition) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
