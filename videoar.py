@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 
@@ -52,8 +51,7 @@ def encode(args: argparse.Namespace, words: list[str]) -> None:
     from data_pipelines.encode import EncodeConfig
     from data_pipelines.encode import encode as run
 
-    for summary in run(settings.load(EncodeConfig, args.config, words)):
-        print(json.dumps(asdict(summary)))
+    run(settings.load(EncodeConfig, args.config, words))
 
 
 def pretrain(args: argparse.Namespace, words: list[str]) -> None:

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 
+from evaluation.media import read_video
 from evaluation.shapes import score
 from tokenizer.errors import UserError
 from tokenizer.progress import track
@@ -33,22 +33,6 @@ def read_table(table: Path) -> list[dict[str, str]]:
     return [{**row, "path": str(table.parent / row["path"])} for row in rows]
 
 
-def read_frames(path: str | Path) -> np.ndarray:
-    """All frames of a video file, uint8 [T, H, W, 3].
-
-    Raises:
-        UserError: the file can't be decoded.
-    """
-    try:
-        with av.open(str(path)) as container:
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-        return np.stack(frames)
-    except (av.error.FFmpegError, ValueError, IndexError) as error:
-        raise UserError(
-            f"the video {path} can't be decoded ({error}): make it again or take it off the list."
-        ) from error
-
-
 def score_videos(table: Path, out: Path | None = None) -> dict[str, Any]:
     """Reads colour, shape, direction and speed off every video of a table (see `evaluation.shapes.score`).
 
@@ -60,7 +44,7 @@ def score_videos(table: Path, out: Path | None = None) -> dict[str, Any]:
 
     def clips() -> Iterator[np.ndarray]:
         for row in track(rows, f"scoring {table}"):
-            yield read_frames(row["path"])
+            yield read_video(Path(row["path"]))[0]
 
     result = score(clips(), [row["caption"] for row in rows])
     if out is not None:

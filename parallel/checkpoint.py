@@ -26,6 +26,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from parallel.cpu import cuda_redirected
 from parallel.model import unwrap
+from parallel.train_step import update
 from tokenizer.errors import UserError
 
 MARKER = "complete.json"
@@ -107,6 +108,11 @@ def load(
         UserError: the checkpoint is missing or incomplete, or is another network's.
     """
     folder = _checked(checkpoint)
+    if optimizer is not None:
+        # torch's AdamW has no step count before its first update, but a load asks for it: an update by nothing, overwritten next
+        for chunk in chunks:
+            chunk.zero_grad_buffer()  # type: ignore[operator]
+        update(optimizer, 0.0)
     with cuda_redirected():
         state = _state(chunks, optimizer, loading=True)
         try:

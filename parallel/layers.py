@@ -180,7 +180,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         sequence_parallel=parallel.shares_sequence,
         params_dtype=parallel.dtype,
         pipeline_dtype=parallel.dtype,
-        bf16=parallel.precision == "bfloat16",
+        bf16=parallel.dtype == torch.bfloat16,
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,

@@ -14,6 +14,7 @@ from megatron.core import parallel_state, tensor_parallel
 from inference.config import ModelConfig
 from parallel.cpu import cuda_redirected
 from tokenizer.errors import UserError
+from tokenizer.precision import Precision, uses_bfloat16
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class ParallelConfig:
         tensor_parallel_size: processes that share each layer's matrices.
         pipeline_parallel_size: stages that share the depth.
         sequence_parallel: the tensor-parallel ranks also share the tokens outside the matrices (no effect at tensor parallel 1).
-        precision: of parameters and activations; the optimizer's copies, gradients and logits are float32 always.
+        precision: of parameters and activations, "auto" is bfloat16 where the device computes in it; the optimizer's copies,
+            gradients and logits are float32 always.
         recompute: "full" keeps only each layer's input and computes the rest again in the backward pass.
         transformer_engine: "auto" takes Transformer Engine's layers where they are installed and a GPU is there; "on" demands them.
         attention: "sdpa" (dense mask), "flex" (FlexAttention, GPU) or "auto".
@@ -33,7 +35,7 @@ class ParallelConfig:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     sequence_parallel: bool = True
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     recompute: Literal["none", "full"] = "none"
     transformer_engine: Literal["auto", "on", "off"] = "auto"
     attention: Literal["auto", "sdpa", "flex"] = "auto"
@@ -50,8 +52,9 @@ class ParallelConfig:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision as torch names it."""
-        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+        """The precision of parameters and activations on this machine."""
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.bfloat16 if uses_bfloat16(self.precision, device_type) else torch.float32
 
 
 @dataclass(frozen=True)

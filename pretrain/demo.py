@@ -99,6 +99,11 @@ def plan(config: DemoConfig, out: Path) -> list[Step]:
             "--guidance", config.guidance, "--temperature", config.temperature, *words,
         )  # fmt: skip
 
+    def train_tokenizer() -> tuple[str, ...]:
+        return videoar(
+            "tokenizer", "train", "--config", tokenizer_config, "--shards", shards / "train", "--out", out / "tokenizer"
+        )
+
     def shapes(videos: Path, name: str) -> tuple[str, ...]:
         return videoar("evaluate", "shapes", "--videos", videos, "--out", out / "scores" / f"{name}.json")
 
@@ -114,7 +119,7 @@ def plan(config: DemoConfig, out: Path) -> list[Step]:
             videoar("shards", "--videos", corpus / f"{split}.csv", "--out", shards / split, "--shard_size", config.shard_size)
             for split in SPLITS
         ],
-        "tokenizer": [videoar("tokenizer", "train", "--config", tokenizer_config, "--shards", shards / "train", "--out", out / "tokenizer")],
+        "tokenizer": [train_tokenizer()],
         "encode": [encode(split) for split in SPLITS],
         "pretrain": [
             videoar("pretrain", "--config", pretrain_config, "--root", out, processes=config.processes)

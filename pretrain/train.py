@@ -120,10 +120,6 @@ class Trainer:
             return Position()
         common = checkpoint.load_common(newest)
         _check_same_run(self.config, self.plan.model, common, newest)
-        # torch's AdamW has no step count before its first update, but a load asks for it: an update by nothing, overwritten next
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        update(self.optimizer, 0.0)
         checkpoint.load(newest, self.chunks, self.optimizer)
         return Position(**common["position"])
 

@@ -40,9 +40,10 @@ class AutoencoderConfig:
     temporal_kernel: int = 3
 
     def __post_init__(self) -> None:
-        if self.patch * 2 ** (len(self.multipliers) - 1) != SPATIAL_COMPRESSION or len(self.multipliers) < 3:
+        compression = self.patch * 2 ** (len(self.multipliers) - 1)
+        if compression != SPATIAL_COMPRESSION or len(self.multipliers) < 3:
             raise UserError(
-                f"patch {self.patch} and {len(self.multipliers)} levels compress space {self.patch * 2 ** (len(self.multipliers) - 1)}-fold: "
+                f"patch {self.patch} and {len(self.multipliers)} levels compress space {compression}-fold: "
                 "choose patch 1 with 5 levels, 2 with 4, or 4 with 3 (16-fold)."
             )
         if self.base_width % min(32, self.base_width):

@@ -74,8 +74,9 @@ def known_keys(kind: Any) -> Iterator[str]:
     """All dotted keys of a configuration class."""
     for name, inner in _fields(kind).items():
         yield name
-        if dataclasses.is_dataclass(inner):
-            yield from (f"{name}.{key}" for key in known_keys(inner))
+        for part in (inner, *typing.get_args(inner)):  # itself, or the elements of a list
+            if dataclasses.is_dataclass(part):
+                yield from (f"{name}.{key}" for key in known_keys(part))
 
 
 def _fields(kind: Any) -> dict[str, Any]:
@@ -113,6 +114,11 @@ def _keys_in(kind: Any, content: dict, prefix: str = "") -> Iterator[str]:
         inner = fields.get(key)
         if isinstance(value, dict) and dataclasses.is_dataclass(inner):
             yield from _keys_in(inner, value, f"{prefix}{key}.")
+        element = next(iter(typing.get_args(inner)), None)  # of a list or tuple of dataclasses
+        if isinstance(value, list) and dataclasses.is_dataclass(element):
+            for entry in value:
+                if isinstance(entry, dict):
+                    yield from _keys_in(element, entry, f"{prefix}{key}.")
 
 
 def _check_key(kind: type, key: str, where: str) -> None:

@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch import Tensor
 from tokenizer import settings
 from tokenizer.errors import UserError
 from tokenizer.losses import LossConfig, reconstruction_loss
+from tokenizer.precision import Precision, uses_bfloat16
 from tokenizer.progress import Meter
 from tokenizer.tokenizer import TokenizerConfig, VideoTokenizer, check_num_frames
 
@@ -78,7 +78,7 @@ class TokenizerTrainConfig:
     weight_decay: float = 0.0
     grad_clip: float = 1.0
     continuous_share: float = 0.0
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
     seed: int = 0
     checkpoint_every: int = 200
     log_every: int = 10
@@ -150,7 +150,8 @@ def train(config: TokenizerTrainConfig, clips: ClipSource, out: str | Path, devi
 def _step(
     config: TokenizerTrainConfig, tokenizer: VideoTokenizer, optimizer: torch.optim.Optimizer, video: Tensor, step: int
 ) -> dict[str, float]:
-    with torch.autocast(video.device.type, torch.bfloat16, enabled=_uses_bfloat16(config, video.device)):
+    reduced = uses_bfloat16(config.precision, video.device.type)
+    with torch.autocast(video.device.type, torch.bfloat16, enabled=reduced):
         latent = tokenizer.encode_latent(video)
     latent = latent.float()
     quantizer = tokenizer.quantizer(latent, tokenizer.schedule_for(*video.shape[-2:]))
@@ -158,7 +159,7 @@ def _step(
     if step < config.continuous_share * config.steps:
         half = video.shape[0] // 2
         features = torch.cat([latent[:half], features[half:]])
-    with torch.autocast(video.device.type, torch.bfloat16, enabled=_uses_bfloat16(config, video.device)):
+    with torch.autocast(video.device.type, torch.bfloat16, enabled=reduced):
         reconstruction = tokenizer.decoder(features)
     reconstruction = reconstruction.float()
     pixel = reconstruction_loss(reconstruction, video, config.loss)
@@ -181,13 +182,6 @@ def _step(
         "bit_usage": quantizer.usage.mean().item(),
         "dead_bits": (quantizer.usage.sub(0.5).abs() > 0.49).float().mean().item(),
     }
-
-
-def _uses_bfloat16(config: TokenizerTrainConfig, device: torch.device) -> bool:
-    if config.precision == "auto":
-        # a processor without such instructions emulates them, slower than float32
-        return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    return config.precision == "bfloat16"
 
 
 def _rate(config: TokenizerTrainConfig, step: int) -> float:

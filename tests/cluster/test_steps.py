@@ -58,7 +58,11 @@ def test_other_settings_are_noticed(tmp_path):
 
 def test_memory_of_children_counts_and_threads_are_set(tmp_path):
     child = "import os; x = bytearray(os.urandom(1) * 150_000_000); import time; time.sleep(1.5); print(os.environ['OMP_NUM_THREADS'])"
-    peak = run(python(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"), tmp_path / "log", threads=3)
+    peak = run(
+        python(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"),
+        tmp_path / "log",
+        threads=3,
+    )
     assert 0.15 < peak < 0.4
     assert (tmp_path / "log").read_text().strip() == "3"
 
@@ -68,7 +72,9 @@ def test_a_signal_ends_the_whole_tree(tmp_path):
     sleeper = f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(100)"
     middle = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleeper!r}])"
     outer = subprocess.Popen(
-        python(f"import sys; from cluster.local import run; run((sys.executable, '-c', {middle!r}))"), cwd=HOUSE, stderr=subprocess.DEVNULL
+        python(f"import sys; from cluster.local import run; run((sys.executable, '-c', {middle!r}))"),
+        cwd=HOUSE,
+        stderr=subprocess.DEVNULL,
     )
     for _ in range(200):
         if mark.exists() and mark.read_text():

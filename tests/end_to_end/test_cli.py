@@ -54,7 +54,10 @@ def test_help_is_light():
         (["tokenizer", "train", "--shards", "nowhere", "--out", "OUT"], "nowhere"),
         (["tokenizer", "train", "--shards", "x", "--out", "OUT", "--lrr", "1"], "nearest known key is 'lr'"),
         (["encode", "--shards", "nowhere", "--tokenizer", "x", "--out", "OUT"], "nowhere"),
-        (["encode", "--shards", "x", "--tokenizer", "x", "--out", "OUT", "--variants", "[64x64x16]"], "16 frames are not 1+4n"),
+        (
+            ["encode", "--shards", "x", "--tokenizer", "x", "--out", "OUT", "--variants", "[64x64x16]"],
+            "16 frames are not 1+4n",
+        ),
         (["encode", "--shards", "x", "--tokenizer", "x", "--out", "OUT", "--variants", "[60x64x17]"], "multiple of 16"),
         (["pretrain", "--config", "none.yaml"], "none.yaml does not exist"),
         (["export", "--checkpoint", "nowhere", "--tokenizer", "x", "--out", "OUT"], "nowhere"),

@@ -24,7 +24,9 @@ def entries(out: Path) -> dict:
 def test_the_demo_survives_a_kill_and_ends_with_a_report(tmp_path):
     out = tmp_path / "demo"
     with open(tmp_path / "first.log", "wb") as log:
-        first = subprocess.Popen([*COMMAND, "--out", str(out)], cwd=HOUSE, stdout=log, stderr=log, start_new_session=True)
+        first = subprocess.Popen(
+            [*COMMAND, "--out", str(out)], cwd=HOUSE, stdout=log, stderr=log, start_new_session=True
+        )
         deadline = time.monotonic() + 500
         checkpoints = out / "pretrain" / "checkpoints"
         while not list(checkpoints.glob("step-*")):
@@ -65,7 +67,9 @@ def test_the_demo_survives_a_kill_and_ends_with_a_report(tmp_path):
 
     third = subprocess.run([*COMMAND, "--out", str(out)], cwd=HOUSE, capture_output=True, text=True, timeout=60)
     assert third.returncode == 0 and third.stdout.count("done already") == len(STEPS)
-    other = subprocess.run([*COMMAND, "--out", str(out), "--samples", "2"], cwd=HOUSE, capture_output=True, text=True, timeout=60)
+    other = subprocess.run(
+        [*COMMAND, "--out", str(out), "--samples", "2"], cwd=HOUSE, capture_output=True, text=True, timeout=60
+    )
     assert other.returncode == 2 and "other settings (step generate)" in other.stderr
 
 

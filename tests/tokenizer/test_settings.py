@@ -63,7 +63,7 @@ def test_bad_files_are_named(tmp_path):
     file = tmp_path / "bad.yaml"
     for content, words in (
         ("inner: {lrr: 1}", "unknown key 'inner.lrr'"),
-        ("parts:\n- {name: I, stepz: 3}", "stepz"),
+        ("parts:\n- {name: I, stepz: 3}", "unknown key 'parts.stepz': the nearest known key is 'parts.steps'"),
         ("- 1", "must hold a mapping"),
         ("a: [", "not valid YAML"),
     ):
