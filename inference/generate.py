@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shutil
 from pathlib import Path
@@ -77,7 +78,8 @@ def generate_folder(
     batch_size: int,
     **options: Any,
 ) -> Path:
-    """Generates `samples` videos of every prompt into a folder with prompts.csv (path, caption, seed).
+    """Generates `samples` videos of every prompt into a folder with prompts.csv (path, caption, seed);
+    the same call again finds them done.
 
     Args:
         pipe, frames, options: as in `generate_file`.
@@ -88,11 +90,15 @@ def generate_folder(
         batch_size: videos at once.
 
     Raises:
-        UserError: `out` is there already.
+        UserError: `out` is there already and holds other videos.
     """
-    if out.exists():
-        raise UserError(f"{out} exists already: name another folder or delete it.")
     jobs = [prompt for prompt in read_prompts(prompt_file) for _ in range(samples)]
+    made_with = {"prompts": jobs, "seed": seed, "frames": frames, **options, **pipe.metadata()}
+    if out.exists():
+        receipt = out / "generate.json"
+        if receipt.exists() and json.loads(receipt.read_text()) == made_with:
+            return out  # a chain of commands that was killed may ask again
+        raise UserError(f"{out} exists already and holds other videos: name another folder or delete it.")
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
@@ -111,6 +117,7 @@ def generate_folder(
             writer = csv.DictWriter(file, fieldnames=["path", "caption", "seed"])
             writer.writeheader()
             writer.writerows(rows)
+        (temporary / "generate.json").write_text(json.dumps(made_with))
         os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

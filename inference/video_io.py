@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def read_image(source: Any, size: tuple[int, int]) -> np.ndarray:
     """An image as a clip of one frame.
 
     Args:
-        source: a file, a PIL image, or uint8 [H, W, 3].
+        source: a file (of a video its first frame), a PIL image, or uint8 [H, W, 3].
         size: (height, width) wanted; the image is scaled to cover it and cropped at the centre.
 
     Returns:
@@ -53,19 +54,30 @@ def read_image(source: Any, size: tuple[int, int]) -> np.ndarray:
     Raises:
         UserError: the file is missing or holds no picture.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if isinstance(source, str | Path):
         _check_exists(source)
-        try:
-            source = Image.open(source)
-            source.load()
-        except (UnidentifiedImageError, OSError) as error:
-            raise UserError(f"{source} can't be read as an image ({error}): give a PNG or JPEG file.") from error
+        source = _open_image(Path(source))
     if isinstance(source, Image.Image):
         source = np.asarray(source.convert("RGB"))
     pixels = _check_pixels(np.asarray(source), 3, "an image", "[H, W, 3]")
     return _cover(pixels, size)[None]
+
+
+def _open_image(file: Path) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        image = Image.open(file)
+        image.load()
+        return image
+    except UnidentifiedImageError:
+        with suppress(UserError):
+            return next(_decode(file, fps=1.0))
+        raise UserError(f"{file} is neither an image nor a video: give a PNG, JPEG or video file.") from None
+    except OSError as error:
+        raise UserError(f"{file} can't be read as an image ({error}): give a PNG, JPEG or video file.") from error
 
 
 def read_video(source: Any, size: tuple[int, int], fps: float, last: int | None = None) -> np.ndarray:

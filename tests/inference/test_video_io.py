@@ -60,7 +60,7 @@ def test_damaged_files(tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             read_video(tmp_path / name, (32, 32), 8)
-    with pytest.raises(UserError, match="can't be read as an image"):
+    with pytest.raises(UserError, match="neither an image nor a video"):
         read_image(tmp_path / "text.mp4", (32, 32))
     with pytest.raises(UserError, match="uint8"):
         read_video(np.zeros((3, 32, 32, 3)), (32, 32), 8)
