@@ -52,6 +52,10 @@ class CausalConv3d(nn.Conv3d):
         """[B, C, T, H, W] -> [B, C', 1 + (T - 1) / stride_t, H / stride, W / stride]."""
         beside = 1 if self.stride[1] > 1 else 0
         before = self.kernel_size[0] - 1
+        if input.shape[2] == 1:
+            # an image: the slices before the last one meet zeros only, so a third of the work is enough
+            image = F.pad(input, (0, beside, 0, beside)) if beside else input
+            return F.conv3d(image, self.weight[:, :, -1:], self.bias, (1, *self.stride[1:]), self.padding)  # type: ignore[arg-type]
         if beside or before:
             input = F.pad(input, (0, beside, 0, beside, before, 0))
         return super().forward(input)

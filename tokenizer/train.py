@@ -123,6 +123,7 @@ def train(config: TokenizerTrainConfig, clips: ClipSource, out: str | Path, devi
         [{"params": kernels, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}],
         lr=config.lr,
         betas=(0.9, 0.95),
+        fused=True,
     )
     start = _restore(out, tokenizer, optimizer)
     tokenizer.train()
