@@ -35,4 +35,4 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean:
-	rm -rf runs .pytest_cache .ruff_cache
+	rm -rf .venv .pytest_cache .ruff_cache videoar.egg-info

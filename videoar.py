@@ -18,7 +18,7 @@ Handler = Callable[[argparse.Namespace, list[str]], None]
 def corpus(args: argparse.Namespace, _: list[str]) -> None:
     from data_pipelines.moving_shapes import write_corpus
 
-    receipt = write_corpus(args.out, args.clips, args.seed, validation=args.validation)
+    receipt = write_corpus(args.out, args.clips, args.seed, args.size, args.frames, validation=args.validation)
     print(
         f"{args.out}: {args.clips} training clips, {args.validation} validation clips, {receipt['prompts']} held-out prompts"
     )
@@ -32,12 +32,12 @@ def shards(args: argparse.Namespace, words: list[str]) -> None:
 
 
 def tokenizer_train(args: argparse.Namespace, words: list[str]) -> None:
-    from data_pipelines.clips import ClipBatches, load_clips
+    from data_pipelines.clips import ClipBatches, open_clips
     from tokenizer.train import TokenizerTrainConfig, train
 
     config = settings.load(TokenizerTrainConfig, args.config, words)
     specs = [spec for phase in config.phases for spec in phase.batches]
-    clips = load_clips(args.shards, max(spec.num_frames for spec in specs), max(spec.size for spec in specs))
+    clips = open_clips(args.shards, max(spec.num_frames for spec in specs), max(spec.size for spec in specs))
     train(config, ClipBatches(clips, config.seed), args.out, device=args.device)
 
 
@@ -58,7 +58,9 @@ def pretrain(args: argparse.Namespace, words: list[str]) -> None:
     from pretrain.config import PretrainConfig
     from pretrain.train import main_entry
 
-    main_entry(settings.load(PretrainConfig, args.config, words))
+    if not main_entry(settings.load(PretrainConfig, args.config, words)):
+        print("videoar pretrain: stopped by a signal and saved; the same command goes on from there", file=sys.stderr)
+        sys.exit(3)  # a chain of commands must not take it for finished
 
 
 def export(args: argparse.Namespace, _: list[str]) -> None:
@@ -73,6 +75,8 @@ def generate(args: argparse.Namespace, _: list[str]) -> None:
     from inference.pipeline import VideoARPipeline
 
     pipe = VideoARPipeline.from_pretrained(args.model, device=args.device)
+    if args.samples < 1 or args.batch_size < 1:
+        raise UserError("--samples and --batch-size must be at least 1.")
     guidance = args.guidance if args.guidance in ("ucf", "t2v") else _number(args.guidance)
     options = {"guidance": guidance, "temperature": args.temperature}
     frames = pipe.frames_for(args.seconds) if args.seconds else args.frames
@@ -123,12 +127,12 @@ def report(args: argparse.Namespace, _: list[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "videoar", description="VideoAR: from video files to a model that generates videos."
+        "videoar", allow_abbrev=False, description="VideoAR: from video files to a model that generates videos."
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def add(group, name: str, handler: Handler, text: str, config: str | None = None) -> argparse.ArgumentParser:
-        command = group.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command = group.add_parser(name, allow_abbrev=False, help=text, description=text[0].upper() + text[1:] + ".")
         command.formatter_class = argparse.RawDescriptionHelpFormatter
         command.set_defaults(handler=handler, settings_class=config)
         if config:
@@ -146,6 +150,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--clips", type=int, default=1600, help="training clips (default: %(default)s)")
     command.add_argument("--validation", type=int, default=192, help="validation clips (default: %(default)s)")
     command.add_argument("--seed", type=int, default=0, help="of the whole corpus (default: %(default)s)")
+    command.add_argument("--size", type=int, default=64, help="height and width in pixels (default: %(default)s)")
+    command.add_argument("--frames", type=int, default=17, help="frames a clip (default: %(default)s)")
 
     command = add(
         verbs, "shards", shards, "pack video files into streaming (MDS) shards", "data_pipelines.shards:ShardsConfig"
@@ -187,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add(verbs, "export", export, "turn a training checkpoint into config.json + model.safetensors")
     _folder(command, "--checkpoint", "a checkpoint, or the folder that holds them (then the newest complete one)")
-    _folder(command, "--tokenizer", "the tokenizer that the codes were made with")
+    command.add_argument("--tokenizer", type=Path, help="the tokenizer of the codes (default: the one the run was trained with)")
     _folder(command, "--out", "the folder for the model")
     command.add_argument("--verify", action="store_true", help="compare the logits before and after")
 

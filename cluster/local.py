@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -57,7 +58,12 @@ def run(
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=_end_with_parent,
     )
     meter = _PeakMemory(process.pid, sample)
     try:
@@ -80,6 +86,11 @@ def run(
         see = f"; its output is in {log}" if log else ""
         raise CommandFailed(f"'{' '.join(command)}' ended with status {status}{see}.")
     return meter.peak / 1e9
+
+
+def _end_with_parent() -> None:
+    """Linux: this process gets SIGTERM when its parent dies, even by SIGKILL, so that no orphan goes on beside a second attempt."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 class _PeakMemory(threading.Thread):

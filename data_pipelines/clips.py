@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -277,6 +278,27 @@ def load_clips(
         [int(record["class_id"]) for record in kept],
         dropped,
     )
+
+
+def open_clips(shards: str | Path, num_frames: int, size: int, limit: float = 4e9) -> Clips | ClipDataset:
+    """The clips for a training: decoded once into memory where they fit, else decoded as they are asked for.
+
+    Args:
+        shards: a folder of raw shards.
+        num_frames, size: of the longest and largest clips wanted; videos that can't give them are skipped and listed.
+        limit: bytes of memory for decoded clips.
+
+    Raises:
+        UserError: as in `ClipDataset`.
+    """
+    check_clip_shape(num_frames, size, size)
+    if len(ShardFolder(shards)) * num_frames * size * size * 3 > limit:
+        return ClipDataset(shards, num_frames, size)
+    clips = load_clips(shards, num_frames, size)
+    for source, reason in clips.dropped:
+        print(f"skipped {source}: {reason}", file=sys.stderr)
+    print(f"{len(clips.sources)} clips, {len(clips.dropped)} skipped", file=sys.stderr)
+    return clips
 
 
 class ClipBatches:

@@ -169,7 +169,9 @@ def make_job(config: EncodeConfig, fingerprint: str, variant: str) -> Job:
 def _claim(folder: Path, job: Job) -> bool:
     """Makes the folder this job's own; True if the job was finished before."""
     if not (folder / JOB).is_file():
-        if folder.exists() and any(entry.name != TEMPORARY for entry in folder.iterdir()):
+        if folder.exists() and any(
+            entry.name != TEMPORARY and not entry.name.startswith(f".{JOB}.") for entry in folder.iterdir()
+        ):
             raise UserError(
                 f"{folder} exists and was not written by `videoar encode`: name another --out, or move it away."
             )

@@ -39,14 +39,28 @@ def score_videos(table: Path, out: Path | None = None) -> dict[str, Any]:
     Args:
         table: a CSV with the columns path and caption.
         out: a JSON file for the scores.
+
+    Returns:
+        the scores, and under "unreadable" one sentence for each video that can't be read, which counts as wrong in everything.
+
+    Raises:
+        UserError: no video can be read.
     """
     rows = read_table(table)
 
+    unreadable: list[str] = []
+
     def clips() -> Iterator[np.ndarray]:
         for row in track(rows, f"scoring {table}"):
-            yield read_video(Path(row["path"]))[0]
+            try:
+                yield read_video(Path(row["path"]))[0]
+            except UserError as error:
+                unreadable.append(str(error))
+                yield np.zeros((1, 16, 16, 3), np.uint8)  # nothing to read: wrong in everything
 
-    result = score(clips(), [row["caption"] for row in rows])
+    result = score(clips(), [row["caption"] for row in rows]) | {"unreadable": unreadable}
+    if len(unreadable) == len(rows):
+        raise UserError(f"no video of {table} can be read (the first: {unreadable[0]}).")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = out.with_suffix(f".{os.getpid()}")

@@ -73,7 +73,7 @@ def _open_image(file: Path) -> Any:
         image.load()
         return image
     except UnidentifiedImageError:
-        with suppress(UserError):
+        with suppress(UserError, StopIteration):
             return next(_decode(file, fps=1.0))
         raise UserError(f"{file} is neither an image nor a video: give a PNG, JPEG or video file.") from None
     except OSError as error:

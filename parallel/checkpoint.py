@@ -88,7 +88,13 @@ def load_common(checkpoint: str | Path) -> dict[str, Any]:
     Raises:
         UserError: it is missing or incomplete.
     """
-    return dist_checkpointing.load_common_state_dict(str(_checked(checkpoint)))["common"]
+    folder = _checked(checkpoint)
+    try:
+        return dist_checkpointing.load_common_state_dict(str(folder))["common"]
+    except (CheckpointingException, OSError, KeyError) as error:
+        raise UserError(
+            f"the checkpoint {folder} is incomplete ({type(error).__name__}): name an older one."
+        ) from error
 
 
 def load(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +73,8 @@ def demo(config: DemoConfig, out: Path) -> None:
         raise UserError(
             f"{out} holds a demo with other settings (step {changed[0]}): delete it or name another folder with --out."
         )
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, lambda *_: sys.exit(143))  # leaves through `run`, which ends the step's processes
     for number, step in enumerate(steps, 1):
         try:
             ledger.run(step, f"{number}/{len(steps)}")
@@ -110,13 +114,19 @@ def plan(config: DemoConfig, out: Path) -> list[Step]:
     # a clip that no training has seen gives the image and the beginning that two samples go on from
     given = corpus / "videos" / "validation" / "00000.mp4"
     caption = validation_specs(config.validation_clips, config.seed, config.size, config.frames)[0].combination.caption
+    size = ("--size", config.size, "--frames", config.frames)
     samples, reconstructions = out / "samples", out / "reconstructions"
     commands = {
         "corpus": [
-            videoar("corpus", "--out", corpus, "--clips", config.clips, "--validation", config.validation_clips, "--seed", config.seed)
+            videoar(
+                "corpus", "--out", corpus, "--clips", config.clips, "--validation", config.validation_clips, "--seed", config.seed, *size
+            )
         ],
         "shards": [
-            videoar("shards", "--videos", corpus / f"{split}.csv", "--out", shards / split, "--shard_size", config.shard_size)
+            videoar(
+                "shards", "--videos", corpus / f"{split}.csv", "--out", shards / split,
+                "--shard-size", config.shard_size, "--min-frames", config.frames,
+            )
             for split in SPLITS
         ],
         "tokenizer": [train_tokenizer()],
@@ -135,7 +145,7 @@ def plan(config: DemoConfig, out: Path) -> list[Step]:
         "evaluate": [
             videoar(
                 "evaluate", "reconstruction", "--tokenizer", out / "tokenizer", "--videos", corpus / "validation.csv",
-                "--out", reconstructions, "--size", config.size, "--frames", config.frames,
+                "--out", reconstructions, *size,
             ),
             shapes(corpus / "validation.csv", "ruler"),
             shapes(reconstructions / "reconstructed.csv", "reconstructed"),

@@ -57,11 +57,20 @@ def export(
         chunks = build_model(model, layout, info)
         checkpoints.load(folder, chunks)
         state = gather_reference(chunks)
-        out.mkdir(parents=True, exist_ok=True)
-        _copy_folder(source, out / "tokenizer")
-        save_weights(model, state, out, extra=common["export"])
-        if verify:
-            _compare(chunks[0], model, out, info.device)
+        temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
+        try:
+            temporary.mkdir(parents=True)
+            _copy_folder(source, temporary / "tokenizer")
+            save_weights(model, state, temporary, extra=common["export"])
+            if verify:
+                _compare(chunks[0], model, temporary, info.device)
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "config.json").unlink(missing_ok=True)  # what is between two exports is no model
+            _copy_folder(temporary / "tokenizer", out / "tokenizer")
+            for name in ("model.safetensors", "config.json"):
+                (temporary / name).replace(out / name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     finally:
         destroy()
     return model
@@ -107,8 +116,7 @@ def _compare(trained: torch.nn.Module, model: ModelConfig, out: Path, device: to
     found = load_model(out, device)(inputs, sequence, text, lengths)
     difference = (expected - found).abs().max().item()
     if not difference <= TOLERANCE:
-        (out / "config.json").unlink()
         raise UserError(
-            f"the exported network's logits differ from the trained one's by {difference:.1e}: the export in {out} was undone; "
+            f"the exported network's logits differ from the trained one's by {difference:.1e}: nothing was exported; "
             "report this with the run's config.yaml."
         )

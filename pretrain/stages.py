@@ -211,6 +211,7 @@ def _model_config(
         for name, mine, theirs in (
             ("bits a token", model.bits, manifest.dim),
             ("text width", model.text_dim, manifest.text_dim),
+            ("text encoder", finest.text_fingerprint, manifest.text_fingerprint),
         ):
             if mine != theirs:
                 raise UserError(

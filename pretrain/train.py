@@ -51,10 +51,10 @@ class Position:
     stream: dict[str, Any] | None = None
 
 
-def main_entry(config: PretrainConfig) -> None:
-    """`videoar pretrain`: `pretrain`, then the process groups are left."""
+def main_entry(config: PretrainConfig) -> bool:
+    """`videoar pretrain`: `pretrain`, then the process groups are left. Returns whether all stages are done."""
     try:
-        pretrain(config)
+        return pretrain(config).stage == len(config.stages)
     finally:
         destroy()
 
@@ -86,7 +86,7 @@ def pretrain(config: PretrainConfig) -> Position:
         with _stop_signal() as stop:
             while position.stage < len(plan.stages):
                 position = trainer.run_stage(plan.stages[position.stage], position, stop)
-                if stop.requested:
+                if stop.stopping:
                     break
     finally:
         if trainer.log is not None:
@@ -233,17 +233,21 @@ def microbatch(
 
 
 class StopFlag:
-    """Whether SIGTERM has come; all ranks must answer alike, or one would wait for the others for ever."""
+    """Whether to stop; all ranks must answer alike, or one would wait for the others for ever.
+
+    `requested` is this rank's own wish, which a signal sets at any time; `stopping` is what all ranks agreed upon last.
+    """
 
     requested = False
+    stopping = False
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop. Every rank must call it."""
         flag = torch.tensor(int(self.requested))  # on the CPU: gloo carries it beside NCCL
         if dist.get_world_size() > 1:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        self.requested = bool(flag)
-        return self.requested
+        self.stopping = bool(flag)
+        return self.stopping
 
 
 @contextmanager
@@ -283,9 +287,9 @@ def _check_same_run(config: PretrainConfig, model: ModelConfig, common: dict[str
     """A checkpoint may go on with other settings, but not with another network or other stages than those it has seen."""
     stored, now = common["model"], model.to_dict()
     for name, value in stored.items():
-        if name not in ("scales", "num_frames", "fps") and value != now[name]:
+        if name not in ("scales", "num_frames", "fps") and value != now.get(name):
             raise UserError(
-                f"{folder} was trained with {name} = {value}, the settings say {now[name]}: name another `out` for a new run."
+                f"{folder} was trained with {name} = {value}, the settings say {now.get(name)}: name another `out` for a new run."
             )
     names: Sequence[str] = [stage["name"] for stage in common["config"]["stages"]]
     mine = [stage.name for stage in config.stages]

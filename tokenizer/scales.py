@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from tokenizer.errors import UserError
 
 
+LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""The sides that a square grid of any of these sizes goes through: a larger grid's first scales are a smaller one's."""
+
+
 @dataclass(frozen=True)
 class ScaleSchedule:
     """The grids (H_k, W_k) of the K scales of one latent frame; the last one is the latent's own grid (H, W).
@@ -36,7 +40,10 @@ class ScaleSchedule:
 
     @classmethod
     def square(cls, size: int, num_scales: int) -> ScaleSchedule:
-        """The square schedule of `num_scales` scales up to size x size, about geometric: square(8, 6) is 1, 2, 3, 4, 6, 8."""
+        """The square schedule of `num_scales` scales up to size x size: square(8, 6) is 1, 2, 3, 4, 6, 8.
+
+        It follows the ladder where that has so many steps up to `size`, and is about geometric otherwise.
+        """
         return cls(tuple((side, side) for side in _sides(size, num_scales)))
 
     @classmethod
@@ -86,11 +93,18 @@ class ScaleSchedule:
         return cls(tuple((int(h), int(w)) for h, w in scales))
 
 
+def natural_scales(size: int) -> int:
+    """How many scales the ladder has up to a grid of `size`: 6 up to 8, 8 up to 16."""
+    return sum(side < size for side in LADDER) + 1
+
+
 def _sides(size: int, num_scales: int) -> list[int]:
     if num_scales < 1 or num_scales > size:
         raise UserError(f"{num_scales} scales do not fit a grid of {size}: choose 1 to {size} scales.")
     if num_scales == 1:
         return [size]
+    if num_scales == natural_scales(size):
+        return [*(side for side in LADDER if side < size), size]
     sides: list[int] = []
     for scale in range(num_scales):
         # the slack keeps an exact power such as 8^(3/3) from being rounded up

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -148,6 +148,7 @@ class SequenceLayout:
         return seen & frame_mask.to(device) if frame_mask is not None else seen
 
 
+@lru_cache(maxsize=64)
 def input_scales(schedule: ScaleSchedule, dim: int, input_down: DownMode = "bilinear") -> Tensor:
     """The fixed constants that bring each block's inputs to unit variance, [K + 1].
 

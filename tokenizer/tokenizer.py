@@ -20,7 +20,7 @@ from tokenizer.codes import Codes
 from tokenizer.errors import UserError
 from tokenizer.quantizer import MultiScaleQuantizer
 from tokenizer.resample import DownMode
-from tokenizer.scales import ScaleSchedule
+from tokenizer.scales import ScaleSchedule, natural_scales
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,13 @@ class TokenizerConfig:
 
     Args:
         autoencoder: its sizes.
-        num_scales: K on the largest grid; a smaller grid takes as many as it holds.
+        num_scales: the most scales that a grid gets; below that it gets its natural number (6 for 8x8, 8 for 16x16), so that a
+            larger grid's first scales keep the meaning of a smaller one's.
         residual_down: how residuals come to a scale's grid, "area" or "bilinear".
     """
 
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    num_scales: int = 6
+    num_scales: int = 16
     residual_down: DownMode = "area"
 
 
@@ -66,7 +67,7 @@ class VideoTokenizer(nn.Module):
                     f"the frame {name} {side} is not a multiple of {SPATIAL_COMPRESSION}: resize or crop the video."
                 )
         grid = (height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION)
-        return ScaleSchedule.for_grid(*grid, num_scales=min(self.config.num_scales, max(grid)))
+        return ScaleSchedule.for_grid(*grid, num_scales=min(self.config.num_scales, natural_scales(max(grid))))
 
     def encode_latent(self, video: Tensor) -> Tensor:
         """Video [B, 3, 1+4n, H, W] in [-1, 1] -> latent [B, d, 1+n, H/16, W/16].

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,6 +116,8 @@ def train(config: TokenizerTrainConfig, clips: ClipSource, out: str | Path, devi
     """
     out = Path(out)
     _check(config, out)
+    if (out / "config.json").is_file() and not (out / "checkpoint.pt").exists():
+        return VideoTokenizer.from_pretrained(out, device)  # finished before
     torch.manual_seed(config.seed)
     tokenizer = VideoTokenizer(config.tokenizer).to(device)
     kernels = [p for p in tokenizer.parameters() if p.ndim > 1]
@@ -215,7 +218,12 @@ def _restore(out: Path, tokenizer: VideoTokenizer, optimizer: torch.optim.Optimi
     file = out / "checkpoint.pt"
     if not file.exists():
         return 0
-    state = torch.load(file, weights_only=True, map_location="cpu")
+    try:
+        state = torch.load(file, weights_only=True, map_location="cpu")
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"the checkpoint {file} can't be read ({' '.join(str(error).split())[:150]}): delete it to start again."
+        ) from error
     tokenizer.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"]

@@ -67,10 +67,15 @@ def test_memory_of_children_counts_and_threads_are_set(tmp_path):
     assert (tmp_path / "log").read_text().strip() == "3"
 
 
-def test_a_signal_ends_the_whole_tree(tmp_path):
+@pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGKILL])
+def test_a_signal_ends_the_whole_tree(tmp_path, name):
     mark = tmp_path / "pid"
     sleeper = f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(100)"
-    middle = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleeper!r}])"
+    middle = (
+        sleeper
+        if name == signal.SIGKILL
+        else f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleeper!r}])"
+    )
     outer = subprocess.Popen(
         python(f"import sys; from cluster.local import run; run((sys.executable, '-c', {middle!r}))"),
         cwd=HOUSE,
@@ -80,7 +85,7 @@ def test_a_signal_ends_the_whole_tree(tmp_path):
         if mark.exists() and mark.read_text():
             break
         time.sleep(0.1)
-    os.kill(outer.pid, signal.SIGINT)
+    os.kill(outer.pid, name)
     outer.wait(timeout=30)
     for _ in range(50):
         if not psutil.pid_exists(int(mark.read_text())):

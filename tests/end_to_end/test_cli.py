@@ -77,8 +77,8 @@ def test_a_mistake_ends_with_one_sentence(capsys, tmp_path, monkeypatch, words, 
 
 def test_unknown_words_are_refused(capsys):
     with pytest.raises(SystemExit) as stop:
-        videoar.main(["corpus", "--out", "x", "--clip", "3", "--sizes", "4"])
-    assert stop.value.code == 2 and "--sizes" in capsys.readouterr().err
+        videoar.main(["corpus", "--out", "x", "--clip", "3"])
+    assert stop.value.code == 2 and "--clip" in capsys.readouterr().err
 
 
 def test_bad_videos_are_listed_and_counted(capsys, tmp_path):

@@ -20,11 +20,12 @@ def start(mode: str, out: Path, processes: int) -> subprocess.CompletedProcess:
     return subprocess.run([*command, WORKER, mode, out], env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_every_layout_of_two_processes_equals_the_plain_model(tmp_path):
-    done = start("layouts", tmp_path / "out.json", 2)
+@pytest.mark.parametrize("processes, count", [(1, 2), (2, 7)])
+def test_every_layout_equals_the_plain_model(tmp_path, processes, count):
+    done = start("layouts", tmp_path / "out.json", processes)
     assert done.returncode == 0, done.stderr[-3000:]
     layouts = json.loads((tmp_path / "out.json").read_text())
-    assert len(layouts) == 7
+    assert len(layouts) == count
     for layout, numbers in layouts.items():
         assert numbers["conversion"] == 0, layout  # there and back: bit for bit
         assert numbers["logits"] <= 1e-6, (layout, numbers)

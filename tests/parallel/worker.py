@@ -174,9 +174,13 @@ LAYOUTS = {
 }
 
 
+ALONE = {"TP1": (TEXT, ParallelConfig()), "TP1, classes": (CLASSES, ParallelConfig())}
+
+
 def layouts(out: Path) -> None:
-    """Every layout of two processes."""
-    results = {name: compare(config, parallel) for name, (config, parallel) in LAYOUTS.items()}
+    """Every layout of two processes, or of one."""
+    wanted = ALONE if os.environ["WORLD_SIZE"] == "1" else LAYOUTS
+    results = {name: compare(config, parallel) for name, (config, parallel) in wanted.items()}
     if int(os.environ["RANK"]) == 0:
         out.write_text(json.dumps(results))
 

@@ -8,6 +8,7 @@ import torch
 from tokenizer import Codes, MultiScaleQuantizer, ScaleSchedule, UserError
 from tokenizer.codes import pack_tokens, unpack_tokens
 from tokenizer.quantizer import accumulate
+from tokenizer.scales import natural_scales
 
 
 def slow_area(frame, grid):
@@ -133,6 +134,8 @@ def test_schedules():
     assert wide.grid == (24, 42) and wide.num_scales == 10 and wide.scales[0] == (1, 1)
     # a later stage's first scales keep the meaning of the earlier ones
     assert ScaleSchedule.square(4, 4).scales[:2] == ScaleSchedule.square(2, 2).scales
+    large, larger = (ScaleSchedule.square(size, natural_scales(size)).scales for size in (16, 32))
+    assert larger[: len(large)] == large and large[:6] == ScaleSchedule.square(8, 6).scales
     with pytest.raises(UserError, match="shrinks"):
         ScaleSchedule(((2, 2), (1, 1)))
     with pytest.raises(UserError, match="5 scales"):

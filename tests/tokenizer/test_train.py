@@ -59,6 +59,10 @@ def test_a_killed_run_goes_on_exactly(tmp_path):
     resumed = train(CONFIG, remember, tmp_path / "cut")
     assert seen == [4, 5]
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    seen.clear()
+    assert (
+        train(CONFIG, remember, tmp_path / "cut").fingerprint == whole.fingerprint and not seen
+    )  # finished: nothing is done again
     assert resumed.fingerprint == whole.fingerprint == VideoTokenizer.from_pretrained(tmp_path / "cut").fingerprint
 
 
@@ -92,8 +96,12 @@ def test_each_weight_of_the_loss_counts():
     assert reconstruction_loss(reconstruction, video, LossConfig(l1=1, l2=0)).item() == pytest.approx(0.5)
     assert reconstruction_loss(reconstruction, video, LossConfig(l1=0, l2=2)).item() == pytest.approx(0.5)
     assert reconstruction_loss(reconstruction, video, LossConfig(l1=1, l2=0, motion=2)).item() == pytest.approx(1.0)
-    ramp = torch.arange(4.0).view(1, 1, 1, 1, 4).expand(1, 3, 2, 2, 4)  # differences of 1 along x in three of four places
-    assert reconstruction_loss(ramp, torch.zeros_like(ramp), LossConfig(l1=0, l2=0, edge=2)).item() == pytest.approx(1.5)
+    ramp = (
+        torch.arange(4.0).view(1, 1, 1, 1, 4).expand(1, 3, 2, 2, 4)
+    )  # differences of 1 along x in three of four places
+    assert reconstruction_loss(ramp, torch.zeros_like(ramp), LossConfig(l1=0, l2=0, edge=2)).item() == pytest.approx(
+        1.5
+    )
 
 
 @pytest.mark.parametrize(
