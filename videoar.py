@@ -193,7 +193,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add(verbs, "export", export, "turn a training checkpoint into config.json + model.safetensors")
     _folder(command, "--checkpoint", "a checkpoint, or the folder that holds them (then the newest complete one)")
-    command.add_argument("--tokenizer", type=Path, help="the tokenizer of the codes (default: the one the run was trained with)")
+    command.add_argument(
+        "--tokenizer", type=Path, help="the tokenizer of the codes (default: the one the run was trained with)"
+    )
     _folder(command, "--out", "the folder for the model")
     command.add_argument("--verify", action="store_true", help="compare the logits before and after")
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from tokenizer.errors import UserError
 
-
 LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """The sides that a square grid of any of these sizes goes through: a larger grid's first scales are a smaller one's."""
 
