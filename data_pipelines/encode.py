@@ -21,10 +21,11 @@ from pathlib import Path
 from streaming.base.util import merge_index
 
 from data_pipelines.codes import MANIFEST, Manifest
-from data_pipelines.encode_worker import TEMPORARY, Job, Task, Variant, read_receipt, sync
+from data_pipelines.encode_worker import TEMPORARY, Job, Task, Variant, read_receipt
 from data_pipelines.random_access import ShardFolder
 from data_pipelines.shards import read_shards_receipt
 from tokenizer import UserError, VideoTokenizer
+from tokenizer.files import sync
 from tokenizer.text import text_encoder
 
 JOB = "job.json"

@@ -26,6 +26,7 @@ from data_pipelines.codes import columns, to_record
 from data_pipelines.decode import DecodeError, choose_decoder
 from data_pipelines.random_access import HASH, ShardFolder
 from tokenizer import UserError, VideoTokenizer
+from tokenizer.files import sync
 from tokenizer.text import TextEncoder, text_encoder
 from tokenizer.tokenizer import check_num_frames
 
@@ -246,15 +247,6 @@ def encode_clips(tokenizer: VideoTokenizer, video: Tensor) -> tuple[Tensor, Tens
 def to_video(frames: np.ndarray) -> Tensor:
     """Frames uint8 [1+4n, H, W, 3] -> float32 [3, 1+4n, H, W] in [-1, 1]."""
     return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
-
-
-def sync(path: Path) -> None:
-    """Makes a file's or folder's content survive a power loss."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _note(task: Task, blame: int, row: int) -> None:

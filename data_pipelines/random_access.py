@@ -104,11 +104,6 @@ class ShardFolder:
         shard = self.shards[shard_id]
         return Path(shard.dirname, shard.split, shard.file_pairs[0][0].basename)
 
-    def prepare_all(self) -> None:
-        """Fetches and checks every shard now."""
-        for shard_id in range(len(self.shards)):
-            self._prepare(shard_id)
-
     def _prepare(self, shard_id: int) -> None:
         if shard_id in self._checked:
             return

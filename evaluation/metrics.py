@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -53,13 +53,7 @@ class RunFolder:
         Raises:
             UserError: it is damaged.
         """
-        file = self.path / name
-        if not file.is_file():
-            return None
-        try:
-            return json.loads(file.read_text())
-        except ValueError as error:
-            raise UserError(f"{file} is no JSON ({error}): run the step that writes it again.") from error
+        return self._read(name, "JSON", json.loads)
 
     def yaml(self, name: str) -> dict[str, Any] | None:
         """A YAML file, or None if it is missing.
@@ -67,13 +61,16 @@ class RunFolder:
         Raises:
             UserError: it is damaged.
         """
+        return self._read(name, "YAML", yaml.safe_load)
+
+    def _read(self, name: str, kind: str, parse: Callable[[str], Any]) -> dict[str, Any] | None:
         file = self.path / name
         if not file.is_file():
             return None
         try:
-            return yaml.safe_load(file.read_text())
-        except yaml.YAMLError as error:
-            raise UserError(f"{file} is no YAML ({error}): run the step that writes it again.") from error
+            return parse(file.read_text())
+        except (ValueError, yaml.YAMLError) as error:
+            raise UserError(f"{file} is no {kind} ({error}): run the step that writes it again.") from error
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """The records of a JSON-lines file; a line that is still being written is left out."""

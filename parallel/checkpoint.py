@@ -28,6 +28,7 @@ from parallel.cpu import cuda_redirected
 from parallel.model import unwrap
 from parallel.train_step import update
 from tokenizer.errors import UserError
+from tokenizer.files import sync
 
 MARKER = "complete.json"
 
@@ -69,7 +70,7 @@ def save(
         if final.exists():
             _remove(final)
         temporary.rename(final)
-        _sync_folder(directory)
+        sync(directory)
         for old in _complete(directory)[:-keep] if keep else []:
             _remove(old)
     dist.barrier()
@@ -251,11 +252,3 @@ def _write_marker(file: Path, content: dict[str, Any]) -> None:
         json.dump(content, out)
         out.flush()
         os.fsync(out.fileno())
-
-
-def _sync_folder(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -9,7 +9,7 @@ gradient_norm = update(optimizer, lr)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,11 +48,6 @@ class Microbatch:
     frame_mask: Tensor | None = None
     drop_condition: Tensor | None = None
     targets: Any = None
-
-    def to(self, device: torch.device) -> Microbatch:
-        """Itself with all its tensors (and `targets`, if that is a tensor or has `.to`) on a device."""
-        moved = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Microbatch(**{k: v.to(device, non_blocking=True) if hasattr(v, "to") else v for k, v in moved.items()})
 
 
 LossFunction = Callable[[Tensor, Microbatch], tuple[Tensor, Tensor, dict[str, Tensor]]]

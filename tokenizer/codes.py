@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,8 +84,3 @@ def unpack_tokens(packed: bytes, num_frames: int, schedule: ScaleSchedule, dim: 
         )
     bits = np.unpackbits(np.frombuffer(packed, dtype=np.uint8)).astype(bool)
     return torch.from_numpy(bits).view(num_frames, schedule.tokens_per_frame, dim)  # [T, N, d]
-
-
-def stack(clips: Sequence[Tensor], schedule: ScaleSchedule) -> Codes:
-    """Codes of a batch from one bool [T, N, d] a clip."""
-    return Codes.from_tokens(torch.stack(list(clips)), schedule)
