@@ -25,7 +25,7 @@ from data_pipelines.receipts import finished, new_folder
 from tokenizer.errors import UserError
 from tokenizer.progress import track
 
-FORMAT = 1  # a corpus of another format is another corpus
+FORMAT = 2  # a corpus of another format is another corpus
 SHAPES = ("circle", "square", "triangle")
 COLOURS = {
     "red": (222, 36, 36),
@@ -38,7 +38,7 @@ COLOURS = {
 # Counter-clockwise from the right, 45 degrees apart; image rows grow downwards.
 DIRECTIONS = ("right", "up-right", "up", "up-left", "left", "down-left", "down", "down-right")
 SPEEDS = {"slowly": 0.6 / 64, "quickly": 1.5 / 64}  # frame sides a frame
-RADIUS = (11 / 64, 14 / 64)  # half the shape's width, in frame sides
+RADIUS = (13 / 64, 16 / 64)  # half the shape's width, in frame sides
 MARGIN = 1 / 64  # left free at the edge of the frame, in frame sides
 
 
