@@ -16,9 +16,9 @@ from torch.nn import functional
 
 from data_pipelines.decode import TOLERANCE, DecodeError, Decoder, choose_decoder
 from data_pipelines.random_access import ShardFolder
+from tokenizer.clip_shape import check_clip_shape, check_num_frames
 from tokenizer.errors import UserError
 from tokenizer.progress import track
-from tokenizer.tokenizer import check_num_frames
 from tokenizer.train import BatchSpec
 
 Start = Literal["centre", "random"]
@@ -26,17 +26,6 @@ Start = Literal["centre", "random"]
 
 class ClipTooShort(DecodeError):
     """A video does not last as long as the clip that was asked for."""
-
-
-def check_clip_shape(num_frames: int, height: int, width: int) -> None:
-    """The tokenizer takes clips of 1+4n frames whose sides are multiples of 16.
-
-    Raises:
-        UserError: this clip is none.
-    """
-    check_num_frames(num_frames)
-    if min(height, width) < 16 or height % 16 or width % 16:
-        raise UserError(f"frames of {height}x{width} pixels can't be encoded: both sides must be multiples of 16.")
 
 
 def sample_times(

@@ -10,16 +10,13 @@ from typing import Protocol
 
 import av
 import av.container
-import av.stream
-import av.video.frame
 import numpy as np
-from av.video.reformatter import Interpolation
 
 from tokenizer.errors import UserError
+from tokenizer.frames import TOLERANCE, FrameClock, only_video_stream, to_array
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = 1e-3  # seconds: containers round timestamps, Matroska to whole milliseconds
 SEEK_FROM = 2.0  # seconds: decoding from the start is faster for earlier frames
 
 
@@ -65,31 +62,6 @@ def choose_decoder(name: str = "auto") -> Decoder:
     return PyAVDecoder()
 
 
-class FrameClock:
-    """Gives decoded frames their time in seconds; repairs missing and repeated timestamps by the stream's rate."""
-
-    def __init__(self, stream: av.VideoStream):
-        rate = stream.average_rate or stream.guessed_rate
-        self.gap = 1 / float(rate) if rate else 1 / 25
-        self.last = -math.inf
-
-    def __call__(self, frame: av.VideoFrame) -> float:
-        time = frame.time
-        if time is None or time <= self.last:
-            time = self.last + self.gap if self.last > -math.inf else 0.0
-        self.last = time
-        return time
-
-
-def only_video_stream(container: av.container.InputContainer) -> av.VideoStream | None:
-    """The first stream of moving pictures (an audio file's cover picture is none), set to decode in one thread."""
-    for stream in container.streams.video:
-        if not stream.disposition & av.stream.Disposition.attached_pic:
-            stream.codec_context.thread_count = 1  # processes share the cores; more threads change no pixel
-            return stream
-    return None
-
-
 class PyAVDecoder:
     """FFmpeg's software decoders: every codec, on any machine, exact to the frame."""
 
@@ -101,7 +73,7 @@ class PyAVDecoder:
             for seek in (True, False) if wanted[0] > SEEK_FROM else (False,):
                 frames = self._pick(video, wanted, seek)
                 if frames is not None:
-                    return np.stack([_to_array(frame, height, width) for frame in frames])
+                    return np.stack([to_array(frame, height, width) for frame in frames])
         except (av.FFmpegError, ValueError, EOFError) as error:
             raise DecodeError(f"decoding failed: {error}") from error
         raise DecodeError(f"the first frame comes after {wanted[0]:.3f} s")
@@ -140,25 +112,3 @@ def _frames(container: av.container.InputContainer, start: float | None) -> Iter
         if start is not None and frame.time is None:
             raise ValueError("there are no timestamps to seek by")
         yield clock(frame), frame
-
-
-def _to_array(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
-    """Upright, scaled to cover and centre-cropped: uint8 [height, width, 3]."""
-    quarter_turns = round(frame.rotation / 90) % 4  # counter-clockwise
-    if quarter_turns % 2:
-        height, width = width, height
-    scale = max(height / frame.height, width / frame.width)
-    tall = max(height, round(frame.height * scale))
-    wide = max(width, round(frame.width * scale))
-    # Averaging over areas is the antialiased way down; sharp cubic curves are for the way up.
-    kind = Interpolation.AREA if scale < 1 else Interpolation.BICUBIC
-    scaled = frame.reformat(
-        width=wide,
-        height=tall,
-        format="rgb24",
-        interpolation=kind | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT,
-        threads=1,
-    )
-    pixels = scaled.to_ndarray()
-    top, left = (tall - height) // 2, (wide - width) // 2
-    return np.rot90(pixels[top : top + height, left : left + width], quarter_turns)

@@ -21,7 +21,7 @@ from pathlib import Path
 from streaming.base.util import merge_index
 
 from data_pipelines.codes import MANIFEST, Manifest
-from data_pipelines.encode_worker import TEMPORARY, Job, Task, Variant, read_receipt
+from data_pipelines.encode_worker import TEMPORARY, Job, Task, Variant, shard_receipt
 from data_pipelines.random_access import ShardFolder
 from data_pipelines.shards import read_shards_receipt
 from tokenizer import UserError, VideoTokenizer
@@ -127,7 +127,7 @@ def encode(config: EncodeConfig) -> list[EncodeSummary]:
         for job, folder, done in zip(jobs, folders, done_before)
         if not done
         for shard in range(len(raw.shards))
-        if read_receipt(folder, shard) is None
+        if shard_receipt(folder, shard) is None
     ]
     if tasks:
         # Ray takes seconds to start, so only for work that is there
@@ -191,7 +191,7 @@ def _finish(folder: Path, job: Job, raw: ShardFolder, classes: list[str], tokeni
     variant = Variant.parse(job.variant)
     receipts = []
     for shard, rows in enumerate(raw.rows_per_shard.tolist()):
-        receipt = read_receipt(folder, shard)
+        receipt = shard_receipt(folder, shard)
         if receipt is None or receipt["job"] != asdict(job):
             raise UserError(
                 f"the shard {folder}/{shard:05d} is missing or of another run: start `videoar encode` again."

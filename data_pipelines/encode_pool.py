@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.encode_worker import NO_ROW, TEMPORARY, ShardEncoder, Task, read_breadcrumb, read_receipt
+from data_pipelines.encode_worker import NO_ROW, TEMPORARY, ShardEncoder, Task, read_breadcrumb, shard_receipt
 from tokenizer.errors import UserError
 from tokenizer.progress import Meter
 
@@ -203,7 +203,7 @@ class EncoderPool:
         """The task to do again after its worker's process died; None if another run has finished it."""
         blame, _ = read_breadcrumb(task)
         _clean(task)
-        if read_receipt(task.out, task.shard) is not None:
+        if shard_receipt(task.out, task.shard) is not None:
             return None
         if node and not any(entry["Alive"] and entry["NodeID"] == node for entry in ray.nodes()):
             return task  # the machine went, which is nobody's fault
@@ -218,7 +218,7 @@ class EncoderPool:
         """The task to do again after it raised; None if another run has finished it."""
         _raise_user_error(error)
         _clean(task)
-        if read_receipt(task.out, task.shard) is not None:
+        if shard_receipt(task.out, task.shard) is not None:
             return None
         return self._count_failure(task, error)
 

@@ -26,11 +26,11 @@ from data_pipelines.codes import columns, to_record
 from data_pipelines.decode import DecodeError, choose_decoder
 from data_pipelines.random_access import HASH, ShardFolder
 from tokenizer import UserError, VideoTokenizer
+from tokenizer.clip_shape import check_clip_shape
 from tokenizer.files import sync
+from tokenizer.receipts import RECEIPT, read_receipt
 from tokenizer.text import TextEncoder, text_encoder
-from tokenizer.tokenizer import check_num_frames
 
-RECEIPT = "receipt.json"
 TEMPORARY = ".tmp"
 SIZE_LIMIT = 1 << 29  # bytes a code file; MDS can address 4 GiB
 NO_ROW = -1  # in a breadcrumb: no single row is to blame
@@ -54,13 +54,10 @@ class Variant:
         if not re.fullmatch(r"[0-9]+x[0-9]+x[0-9]+", text):
             raise UserError(f"the variant '{text}' is not HEIGHTxWIDTHxFRAMES: write for example 64x64x17.")
         variant = cls(*map(int, text.split("x")))
-        check_num_frames(variant.frames)
-        for side in (variant.height, variant.width):
-            if side < 16 or side % 16:
-                near = max(16, round(side / 16) * 16)
-                raise UserError(
-                    f"the variant '{text}' has a side of {side}, which is not a multiple of 16: choose {near}."
-                )
+        try:
+            check_clip_shape(variant.frames, variant.height, variant.width)
+        except UserError as error:
+            raise UserError(f"the variant '{text}' can't be encoded: {error}") from error
         return variant
 
     @property
@@ -121,12 +118,9 @@ class Task:
         return Path(self.out, TEMPORARY, f"{self.name}.{self.attempt}.row")
 
 
-def read_receipt(out: str | Path, shard: int) -> dict[str, Any] | None:
+def shard_receipt(out: str | Path, shard: int) -> dict[str, Any] | None:
     """The receipt of a finished shard, or None."""
-    try:
-        return json.loads(Path(out, f"{shard:05d}", RECEIPT).read_text())
-    except FileNotFoundError:
-        return None
+    return read_receipt(Path(out, f"{shard:05d}"))
 
 
 class ShardEncoder:
@@ -188,7 +182,7 @@ class ShardEncoder:
                 os.rename(folder, final)
             except OSError:
                 # another run has put the same shard there in the meantime
-                if read_receipt(task.out, task.shard) != receipt:
+                if shard_receipt(task.out, task.shard) != receipt:
                     raise
             sync(Path(task.out))
             return receipt

@@ -14,16 +14,15 @@ import csv
 import itertools
 import math
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 
-from data_pipelines.receipts import finished, new_folder
 from tokenizer.errors import UserError
 from tokenizer.progress import track
+from tokenizer.receipts import finished, new_folder
+from tokenizer.video_file import write_video
 
 FORMAT = 2  # a corpus of another format is another corpus
 SHAPES = ("circle", "square", "triangle")
@@ -205,25 +204,6 @@ def _specs(pool: list[Combination], clips: int, seed: tuple[int, ...], size: int
     return [make_spec(pool[order[i]], (*seed, i), size, frames) for i in range(clips)]
 
 
-def write_video(path: Path, clip: np.ndarray, fps: float, crf: int = 12) -> None:
-    """Writes a clip as H.264 mp4 (4:2:0, which browsers and hardware decoders take).
-
-    Args:
-        path: the file to write.
-        clip: uint8 [T, H, W, 3], H and W even.
-        fps: frames a second.
-        crf: x264's quality, 0 (lossless) to 51; 12 is visually lossless.
-    """
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.height, stream.width, stream.pix_fmt = clip.shape[1], clip.shape[2], "yuv420p"
-        stream.options = {"crf": str(crf), "preset": "veryfast"}
-        stream.codec_context.thread_count = 1
-        for image in clip:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
-        container.mux(stream.encode())
-
-
 def write_corpus(
     out: Path, clips: int, seed: int, size: int = 64, frames: int = 17, fps: float = 8, validation: int = 192
 ) -> dict[str, Any]:
@@ -261,7 +241,7 @@ def write_corpus(
             rows = []
             for number, spec in enumerate(track(specs, f"moving shapes, {split}")):
                 path = f"videos/{split}/{number:05d}.mp4"
-                write_video(folder / path, render(spec, size, frames)[0], fps)
+                write_video(render(spec, size, frames)[0], folder / path, fps, crf=12)
                 rows.append(_row(path, spec))
             _write_csv(folder / f"{split}.csv", rows)
         prompts = [c for c in all_combinations() if c in HELD_OUT]

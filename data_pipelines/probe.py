@@ -10,7 +10,7 @@ import av
 import av.container
 import numpy as np
 
-from data_pipelines.decode import FrameClock, only_video_stream
+from tokenizer.frames import FrameClock, only_video_stream
 
 
 class Rejected(Exception):

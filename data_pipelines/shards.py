@@ -30,9 +30,9 @@ from streaming import MDSWriter
 
 from data_pipelines.probe import Rejected, VideoInfo, probe
 from data_pipelines.random_access import HASH
-from data_pipelines.receipts import finished, new_folder, read_receipt
 from tokenizer.errors import UserError
 from tokenizer.progress import Meter
+from tokenizer.receipts import finished, new_folder, read_receipt
 
 FORMAT = 1
 COLUMNS = {
@@ -156,7 +156,7 @@ def write_shards(videos: Path, out: Path, options: ShardsConfig | None = None) -
     videos, out = Path(videos), Path(out)
     sources, classes = find_sources(videos)
     settings = {key: value for key, value in asdict(options).items() if key != "workers"}  # they change no byte
-    arguments = {"kind": "raw shards", "format": FORMAT, "input": _fingerprint(sources), **settings}
+    arguments = {"kind": "raw shards", "format": FORMAT, "input": fingerprint(sources), **settings}
     if (receipt := finished(out, arguments)) is not None:
         return receipt
     with new_folder(out, arguments) as (folder, receipt):
@@ -239,7 +239,7 @@ def _record(source: Source, video: bytes, info: VideoInfo) -> dict[str, Any]:
     }
 
 
-def _fingerprint(sources: list[Source]) -> str:
+def fingerprint(sources: list[Source]) -> str:
     """Names, captions, sizes and times of change: another input is never taken for this one."""
     digest = hashlib.sha256()
     for source in sources:

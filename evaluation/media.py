@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.decode import DecodeError, choose_decoder
-from data_pipelines.moving_shapes import write_video
 from data_pipelines.probe import Rejected, probe
 from tokenizer.errors import UserError
+from tokenizer.video_file import write_video
 
 SHOWN_SIDE = 192  # pixels: a 64x64 clip is shown at three times its size
 
@@ -55,7 +55,7 @@ def data_video(frames: np.ndarray, fps: float) -> str:
     height, width = (side // 2 * 2 for side in frames.shape[1:3])
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "clip.mp4"
-        write_video(file, frames[:, :height, :width], fps, crf=18)
+        write_video(frames[:, :height, :width], file, fps, crf=18)
         return "data:video/mp4;base64," + base64.b64encode(file.read_bytes()).decode()
 
 

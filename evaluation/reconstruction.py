@@ -6,7 +6,6 @@ videoar tokenizer reconstruct --tokenizer DIR --videos CSV --out DIR
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import math
 import os
@@ -18,16 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipelines.clips import check_clip_shape, read_clip
+from data_pipelines.clips import read_clip
 from data_pipelines.decode import DecodeError, choose_decoder
-from data_pipelines.moving_shapes import parse_caption, write_video
+from data_pipelines.moving_shapes import parse_caption
 from data_pipelines.probe import Rejected, probe
-from data_pipelines.receipts import finished, new_folder
-from data_pipelines.shards import Source, find_sources
+from data_pipelines.shards import Source, find_sources, fingerprint
 from evaluation.shapes import moving_foreground
 from tokenizer import VideoTokenizer
+from tokenizer.clip_shape import check_clip_shape
 from tokenizer.errors import UserError
 from tokenizer.progress import Meter
+from tokenizer.receipts import finished, new_folder
+from tokenizer.video_file import write_video
 
 FORMAT = 1
 RESULT = "reconstruction.json"
@@ -113,7 +114,7 @@ def reconstruct(
     tokenizer = VideoTokenizer.from_pretrained(tokenizer_dir, device)
     sources, _ = find_sources(videos_csv)
     arguments = {
-        "kind": "reconstructions", "format": FORMAT, "tokenizer": tokenizer.fingerprint, "input": _fingerprint(sources),
+        "kind": "reconstructions", "format": FORMAT, "tokenizer": tokenizer.fingerprint, "input": fingerprint(sources),
         "size": size, "num_frames": num_frames, "batch_size": batch_size,
     }  # fmt: skip
     if finished(out, arguments) is not None:
@@ -127,7 +128,7 @@ def reconstruct(
             originals = np.stack([clip.frames for clip in clips])  # [B, T, H, W, 3]
             for clip, other in zip(clips, _through(tokenizer, originals, device)):
                 name = f"{len(rows):05d}.mp4"
-                write_video(folder / name, other, clip.fps)
+                write_video(other, folder / name, clip.fps)
                 # relative: a run can be moved as a whole
                 original = os.path.relpath(clip.source.path.resolve(), out.resolve())
                 rows.append({"path": name, "original": original, "caption": clip.source.caption})
@@ -212,12 +213,3 @@ def _is_moving_shape(caption: str) -> bool:
     except UserError:
         return False
     return True
-
-
-def _fingerprint(sources: list[Source]) -> str:
-    digest = hashlib.sha256()
-    for source in sources:
-        state = source.path.stat() if source.path.is_file() else None
-        seen = None if state is None else (state.st_size, state.st_mtime_ns)
-        digest.update(repr((source.name, source.caption, seen)).encode())
-    return digest.hexdigest()[:32]

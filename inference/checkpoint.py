@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import uuid
@@ -97,6 +98,15 @@ def load_model(
     model = _empty_model(config)
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()
+
+
+def fingerprint(model: VideoARTransformer) -> str:
+    """A hash of a model's configuration and weights."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def _empty_model(config: ModelConfig) -> VideoARTransformer:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import csv
-import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
+from inference.checkpoint import fingerprint
 from inference.pipeline import VideoARPipeline
-from inference.video_io import read_video, write_video
+from inference.video_io import read_video
 from tokenizer.errors import UserError
 from tokenizer.progress import Meter
+from tokenizer.receipts import finished, new_folder
+from tokenizer.video_file import write_video
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -93,32 +93,26 @@ def generate_folder(
         UserError: `out` is there already and holds other videos.
     """
     jobs = [prompt for prompt in read_prompts(prompt_file) for _ in range(samples)]
-    made_with = {"prompts": jobs, "seed": seed, "frames": frames, **options, **pipe.metadata()}
-    if out.exists():
-        receipt = out / "generate.json"
-        if receipt.exists() and json.loads(receipt.read_text()) == made_with:
-            return out  # a chain of commands that was killed may ask again
-        raise UserError(f"{out} exists already and holds other videos: name another folder or delete it.")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
+    arguments = {
+        "kind": "generated videos", "prompts": jobs, "seed": seed, "frames": frames, "batch_size": batch_size,
+        "model": fingerprint(pipe.model), **options, **pipe.metadata(),
+    }  # fmt: skip
+    if finished(out, arguments) is not None:
+        return out  # a chain of commands that was killed may ask again
+    with new_folder(out, arguments) as (folder, receipt), Meter("generating", len(jobs)) as meter:
         rows = []
-        with Meter("generating", len(jobs)) as meter:
-            for start in range(0, len(jobs), batch_size):
-                prompts = jobs[start : start + batch_size]
-                seeds = [seed + start + i for i in range(len(prompts))]
-                clips = pipe(prompt=prompts, num_frames=frames, seed=seeds, **options).frames
-                for prompt, clip_seed, clip in zip(prompts, seeds, clips):
-                    name = f"{len(rows):05d}.mp4"
-                    write_video(clip, temporary / name, pipe.fps)
-                    rows.append({"path": name, "caption": prompt, "seed": clip_seed})
-                meter.advance(len(prompts))
-        with open(temporary / "prompts.csv", "w", newline="") as file:
+        for start in range(0, len(jobs), batch_size):
+            prompts = jobs[start : start + batch_size]
+            seeds = [seed + start + i for i in range(len(prompts))]
+            clips = pipe(prompt=prompts, num_frames=frames, seed=seeds, **options).frames
+            for prompt, clip_seed, clip in zip(prompts, seeds, clips):
+                name = f"{len(rows):05d}.mp4"
+                write_video(clip, folder / name, pipe.fps)
+                rows.append({"path": name, "caption": prompt, "seed": clip_seed})
+            meter.advance(len(prompts))
+        with open(folder / "prompts.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=["path", "caption", "seed"])
             writer.writeheader()
             writer.writerows(rows)
-        (temporary / "generate.json").write_text(json.dumps(made_with))
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        receipt["videos"] = len(rows)
     return out

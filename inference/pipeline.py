@@ -21,11 +21,12 @@ from inference.checkpoint import load_model, read_config, save_model
 from inference.guidance import Guidance
 from inference.model import VideoARTransformer
 from inference.sampler import sample_frames
-from inference.video_io import read_image, read_video, write_video
+from inference.video_io import read_image, read_video
 from tokenizer import Codes, UserError, VideoTokenizer
-from tokenizer.autoencoder import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
+from tokenizer.clip_shape import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
 from tokenizer.progress import Meter
 from tokenizer.text import TextEncoder, text_encoder
+from tokenizer.video_file import write_video
 
 PIXELS_A_TOKEN, FRAMES_A_LATENT = SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
 

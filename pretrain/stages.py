@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -182,29 +182,18 @@ def _model_config(
     if before is not None:
         frames = max(frames, before.num_frames)
         schedule = max(schedule, before.schedule, key=lambda one: one.tokens_per_frame)
-    network = run.network
-    num_classes = len(finest.classes) if network.condition == "class" else 0
-    if network.condition == "class" and not num_classes:
+    network = asdict(run.network)
+    by_class = network.pop("condition") == "class"
+    num_classes = len(finest.classes) if by_class else 0
+    if by_class and not num_classes:
         raise UserError(f"the codes of stage '{stage.name}' have no classes: set network.condition to text.")
     model = ModelConfig(
-        num_layers=network.num_layers,
-        hidden_size=network.hidden_size,
-        num_attention_heads=network.num_attention_heads,
+        **network,  # the two classes call these fields alike
         scales=schedule.scales,
         num_frames=frames,
-        ffn_hidden_size=network.ffn_hidden_size,
         bits=finest.dim,
         text_dim=finest.text_dim,
-        max_text_length=network.max_text_length,
         num_classes=num_classes,
-        max_scales=network.max_scales,
-        rope=network.rope,
-        rope_theta=network.rope_theta,
-        rope_scaled_spatial=network.rope_scaled_spatial,
-        norm_eps=network.norm_eps,
-        window=network.window,
-        context_block=network.context_block,
-        input_down=network.input_down,
         fps=finest.fps or DEFAULT_FPS,
     )
     for manifest, source in zip(manifests, sources):

@@ -12,10 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.causal_conv import CausalConv3d, Downsample, FrameNorm, ResidualBlock, Upsample
+from tokenizer.clip_shape import SPATIAL_COMPRESSION
 from tokenizer.errors import UserError
-
-SPATIAL_COMPRESSION = 16
-TEMPORAL_COMPRESSION = 4
 
 
 @dataclass(frozen=True)

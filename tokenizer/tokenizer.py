@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tokenizer.autoencoder import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, AutoencoderConfig, Decoder, Encoder
+from tokenizer.autoencoder import AutoencoderConfig, Decoder, Encoder
+from tokenizer.clip_shape import SPATIAL_COMPRESSION, check_clip_shape, check_size
 from tokenizer.codes import Codes
 from tokenizer.errors import UserError
 from tokenizer.quantizer import MultiScaleQuantizer
@@ -61,11 +62,7 @@ class VideoTokenizer(nn.Module):
         Raises:
             UserError: a side is not a multiple of 16.
         """
-        for name, side in (("height", height), ("width", width)):
-            if side < SPATIAL_COMPRESSION or side % SPATIAL_COMPRESSION:
-                raise UserError(
-                    f"the frame {name} {side} is not a multiple of {SPATIAL_COMPRESSION}: resize or crop the video."
-                )
+        check_size(height, width)
         grid = (height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION)
         return ScaleSchedule.for_grid(*grid, num_scales=min(self.config.num_scales, natural_scales(max(grid))))
 
@@ -75,8 +72,7 @@ class VideoTokenizer(nn.Module):
         Raises:
             UserError: the number of frames is not 1+4n, or a side is not a multiple of 16.
         """
-        check_num_frames(video.shape[2])
-        self.schedule_for(*video.shape[-2:])
+        check_clip_shape(*video.shape[2:])
         return self.encoder(video)
 
     def decode_latent(self, latent: Tensor) -> Tensor:
@@ -149,10 +145,3 @@ class VideoTokenizer(nn.Module):
                 f"the weights in {directory} are not those that its config.json was written with: copy the tokenizer again."
             )
         return tokenizer.to(device).eval()
-
-
-def check_num_frames(num_frames: int) -> None:
-    """Raises UserError unless num_frames is 1 + 4n."""
-    if num_frames < 1 or (num_frames - 1) % TEMPORAL_COMPRESSION:
-        below = max(1, num_frames - (num_frames - 1) % TEMPORAL_COMPRESSION)
-        raise UserError(f"{num_frames} frames are not 1+4n: take {below} or {below + TEMPORAL_COMPRESSION} frames.")

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from tokenizer import settings
+from tokenizer.clip_shape import check_clip_shape
 from tokenizer.errors import UserError
 from tokenizer.losses import LossConfig, reconstruction_loss
 from tokenizer.precision import Precision, uses_bfloat16
 from tokenizer.progress import Meter
-from tokenizer.tokenizer import TokenizerConfig, VideoTokenizer, check_num_frames
+from tokenizer.tokenizer import TokenizerConfig, VideoTokenizer
 
 
 @dataclass(frozen=True)
@@ -196,11 +197,7 @@ def _rate(config: TokenizerTrainConfig, step: int) -> float:
 def _check(config: TokenizerTrainConfig, out: Path) -> None:
     for phase in config.phases:
         for spec in phase.batches:
-            check_num_frames(spec.num_frames)
-            if spec.size % 16:
-                raise UserError(
-                    f"the batch size of {spec.size} pixels in phases is not a multiple of 16: choose 16, 32, 48, ..."
-                )
+            check_clip_shape(spec.num_frames, spec.size, spec.size)
     out.mkdir(parents=True, exist_ok=True)
     recipe = out / "train.yaml"
     if recipe.exists() and settings.load(TokenizerTrainConfig, recipe) != config:

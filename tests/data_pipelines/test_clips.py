@@ -8,10 +8,11 @@ import pytest
 import torch
 from streaming import MDSWriter
 
-from data_pipelines.clips import ClipBatches, ClipDataset, ClipTooShort, check_clip_shape, load_clips, sample_times
+from data_pipelines.clips import ClipBatches, ClipDataset, ClipTooShort, load_clips, sample_times
 from data_pipelines.random_access import HASH, ShardFolder
 from data_pipelines.shards import COLUMNS, ShardsConfig, write_shards
 from tests.data_pipelines.media import indices, write_video
+from tokenizer.clip_shape import check_clip_shape
 from tokenizer.errors import UserError
 from tokenizer.train import BatchSpec
 
@@ -75,9 +76,9 @@ def test_impossible_shapes_are_refused(shards):
     for bad in (0, 4, 16, 18):
         with pytest.raises(UserError, match="1\\+4n"):
             check_clip_shape(bad, 64, 64)
-    with pytest.raises(UserError, match="40x64 pixels .* multiples of 16"):
+    with pytest.raises(UserError, match="height 40 is not a multiple of 16"):
         check_clip_shape(17, 40, 64)
-    with pytest.raises(UserError, match="multiples of 16"):
+    with pytest.raises(UserError, match="a multiple of 16"):
         ClipDataset(shards, 17, 40)
     with pytest.raises(UserError, match="1\\+4n"):
         load_clips(shards, 16, 32)

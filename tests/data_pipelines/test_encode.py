@@ -31,10 +31,10 @@ from data_pipelines.encode_pool import EncodeActor, EncoderPool, start_ray
 from data_pipelines.encode_worker import Job, ShardEncoder, Task, Variant, to_video
 from data_pipelines.moving_shapes import write_corpus
 from data_pipelines.random_access import ShardFolder
-from data_pipelines.receipts import new_folder
 from data_pipelines.shards import COLUMNS, ShardsConfig, write_shards
 from tokenizer import UserError, VideoTokenizer
 from tokenizer.autoencoder import AutoencoderConfig
+from tokenizer.receipts import new_folder
 from tokenizer.text import ByteTextEncoder
 from tokenizer.tokenizer import TokenizerConfig
 
@@ -279,7 +279,7 @@ def test_a_damaged_raw_shard_is_named(base: Path, tmp_path: Path):
         ({"shards": "/nowhere"}, "holds no finished raw shards"),
         ({"tokenizer": "/nowhere"}, "holds no tokenizer"),
         ({"variants": ["32x32x16"]}, "16 frames are not 1"),
-        ({"variants": ["40x32x17"]}, "side of 40, which is not a multiple of 16: choose 32"),
+        ({"variants": ["40x32x17"]}, "height 40 is not a multiple of 16: resize or crop to 32"),
         ({"variants": ["32"]}, "not HEIGHTxWIDTHxFRAMES"),
         ({"variants": ["32x32x17"] * 2}, "repeat themselves"),
         ({"batch_size": 0}, "at least 1"),

@@ -1,6 +1,8 @@
 """The corpus: what is held out, what is drawn, and that it is written once and whole or not at all."""
 
 import csv
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -36,14 +38,15 @@ def test_captions_round_trip_and_foreign_ones_are_refused():
 
 
 def test_a_shape_stays_whole_in_every_frame_and_moves_as_told():
-    for spec in ms.train_specs(60, 3, 64, 17):
-        clip, mask = ms.render(spec)
-        assert clip.shape == (17, 64, 64, 3) and clip.dtype == np.uint8
+    size = 256  # at which a mask's edges, which snap to whole pixels, move its centre by at most a pixel
+    for spec in ms.train_specs(60, 3, size, 17):
+        clip, mask = ms.render(spec, size)
+        assert clip.shape == (17, size, size, 3) and clip.dtype == np.uint8
         edge = np.concatenate([mask[:, [0, -1]].ravel(), mask[:, :, [0, -1]].ravel()])
         assert not edge.any()  # never cut off
         first, last = (np.argwhere(mask[t]).mean(0) for t in (0, -1))
-        vx, vy = ms.velocity(spec.combination.direction, spec.combination.speed, 64)
-        np.testing.assert_allclose(last - first, [16 * vy, 16 * vx], atol=0.5)
+        vx, vy = ms.velocity(spec.combination.direction, spec.combination.speed, size)
+        np.testing.assert_allclose(last - first, [16 * vy, 16 * vx], atol=1)
 
 
 def test_coverage_has_the_area_of_the_shape():
@@ -83,7 +86,7 @@ def test_the_corpus_is_real_video_written_once(tmp_path):
 def test_a_killed_or_foreign_folder_is_not_taken_for_whole(tmp_path, monkeypatch):
     out = tmp_path / "corpus"
 
-    def die(path, clip, fps):
+    def die(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -95,3 +98,17 @@ def test_a_killed_or_foreign_folder_is_not_taken_for_whole(tmp_path, monkeypatch
     (out / "train.csv").write_text("path,caption\n")  # no receipt: not ours, not whole
     with pytest.raises(UserError, match="was not written by this command"):
         ms.write_corpus(out, clips=2, seed=0, validation=2)
+
+
+def test_what_a_kill_left_behind_is_cleaned_up(tmp_path):
+    out = tmp_path / "corpus"
+    script = f"""
+import os, pathlib
+from data_pipelines import moving_shapes as ms
+ms.write_video = lambda *_, **__: os.kill(os.getpid(), 9)
+ms.write_corpus(pathlib.Path({str(out)!r}), clips=2, seed=0, validation=2)
+"""
+    killed = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2])
+    assert killed.returncode == -9 and len(list(tmp_path.glob("corpus.tmp.*"))) == 1 and not out.exists()
+    ms.write_corpus(out, clips=2, seed=0, validation=2)
+    assert list(tmp_path.iterdir()) == [out]

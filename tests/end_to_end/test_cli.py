@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import videoar
-from data_pipelines.moving_shapes import write_video
+from tokenizer.video_file import write_video
 
 HOUSE = Path(__file__).resolve().parents[2]
 VERBS = [
@@ -85,8 +85,8 @@ def test_bad_videos_are_listed_and_counted(capsys, tmp_path):
     folder = tmp_path / "videos"
     folder.mkdir()
     clip = np.random.default_rng(0).integers(0, 255, (17, 64, 64, 3), dtype=np.uint8)
-    write_video(folder / "good.mp4", clip, 8)
-    write_video(folder / "short.mp4", clip[:5], 8)
+    write_video(clip, folder / "good.mp4")
+    write_video(clip[:5], folder / "short.mp4")
     (folder / "empty.mp4").touch()
     (folder / "noise.mp4").write_bytes(bytes(range(256)) * 20)
     status, out, _ = run(capsys, "shards", "--videos", folder, "--out", tmp_path / "shards")

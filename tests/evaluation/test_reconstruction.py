@@ -15,6 +15,7 @@ from evaluation.shapes import moving_foreground
 from tokenizer import UserError, VideoTokenizer
 from tokenizer.autoencoder import AutoencoderConfig
 from tokenizer.tokenizer import TokenizerConfig
+from tokenizer.video_file import write_video
 
 
 def test_psnr_of_a_constant_error():
@@ -102,7 +103,7 @@ def test_the_files_are_the_clips(ground, tmp_path):
 def test_bad_videos_are_skipped_and_listed(ground, tmp_path):
     good = ground / "corpus/videos/validation/00000.mp4"
     (tmp_path / "empty.mp4").write_bytes(b"")
-    ms.write_video(tmp_path / "short.mp4", np.zeros((5, 32, 32, 3), np.uint8), 8)
+    write_video(np.zeros((5, 32, 32, 3), np.uint8), tmp_path / "short.mp4")
     table = tmp_path / "videos.csv"
     table.write_text(f"path,caption\nempty.mp4,x\n{good},someone walks\nshort.mp4,x\nnone.mp4,x\n")
     result = reconstruct(ground / "tokenizer", table, tmp_path / "out", 32, 9)
@@ -122,7 +123,7 @@ def test_impossible_requests_are_named(ground, tmp_path):
     table = ground / "corpus/validation.csv"
     with pytest.raises(UserError, match="10 frames"):
         reconstruct(ground / "tokenizer", table, tmp_path / "out", 32, 10)
-    with pytest.raises(UserError, match="multiples of 16"):
+    with pytest.raises(UserError, match="a multiple of 16"):
         reconstruct(ground / "tokenizer", table, tmp_path / "out", 40, 9)
     with pytest.raises(UserError, match="no tokenizer"):
         reconstruct(tmp_path, table, tmp_path / "out", 32, 9)

@@ -24,6 +24,7 @@ from evaluation.wilson import wilson_interval
 from tokenizer import UserError, VideoTokenizer
 from tokenizer.autoencoder import AutoencoderConfig
 from tokenizer.tokenizer import TokenizerConfig
+from tokenizer.video_file import write_video
 
 SIZE, FRAMES, CLIPS = 64, 9, 6
 PROMPTS = ["a red circle moving right slowly", "a blue square moving left quickly", "a cyan triangle moving up quickly"]
@@ -74,10 +75,10 @@ def run(tmp_path_factory):
         writer = csv.writer(file)
         writer.writerow(["path", "caption", "seed"])
         for number, (prompt, drawn) in enumerate(zip(PROMPTS, DRAWN)):
-            ms.write_video(samples / f"{number}.mp4", draw(drawn, number), 8)
+            write_video(draw(drawn, number), samples / f"{number}.mp4")
             writer.writerow([f"{number}.mp4", prompt, number])
     for name in ("image_to_video", "continuation"):
-        ms.write_video(root / "samples" / f"{name}.mp4", draw(PROMPTS[0], 7), 8)
+        write_video(draw(PROMPTS[0], 7), root / "samples" / f"{name}.mp4")
     (root / "scores").mkdir()
     score_videos(root / "corpus/validation.csv", root / "scores/ruler.json")
     score_videos(root / "reconstructions/reconstructed.csv", root / "scores/reconstructed.json")
@@ -232,7 +233,7 @@ def test_missing_parts_are_called_not_run(tmp_path):
 def test_a_broken_sample_is_named_and_the_rest_is_shown(tmp_path):
     samples = tmp_path / "samples/prompts"
     samples.mkdir(parents=True)
-    ms.write_video(samples / "good.mp4", draw(PROMPTS[0], 0), 8)
+    write_video(draw(PROMPTS[0], 0), samples / "good.mp4")
     (samples / "bad.mp4").write_bytes(b"no video")
     (samples / "prompts.csv").write_text(f"path,caption\nbad.mp4,{PROMPTS[1]}\ngood.mp4,{PROMPTS[0]}\n")
     text = write_report(tmp_path).read_text()

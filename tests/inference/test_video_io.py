@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inference.video_io import read_image, read_video, write_video
+from inference.video_io import read_image, read_video
 from tokenizer import UserError
+from tokenizer.video_file import write_video
 
 
 def grey_steps(num_frames: int, size=(32, 48)) -> np.ndarray:

@@ -86,7 +86,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     with pytest.raises(UserError, match="6 frames"):
         train(replace(CONFIG, phases=(Phase(1, (BatchSpec(6, 16, 1),)),)), clips, tmp_path)
-    with pytest.raises(UserError, match="20 pixels"):
+    with pytest.raises(UserError, match="height 20"):
         train(replace(CONFIG, phases=(Phase(1, (BatchSpec(1, 20, 1),)),)), clips, tmp_path)
 
 

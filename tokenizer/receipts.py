@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tokenizer.errors import UserError
 
@@ -55,7 +59,11 @@ def new_folder(out: Path, arguments: dict[str, Any]) -> Iterator[tuple[Path, dic
         out: the final name, absent or an empty folder.
         arguments: what `finished` compares in a later run; JSON values.
     """
-    temporary = out.with_name(f"{out.name}.tmp.{uuid.uuid4().hex}")
+    prefix = f"{out.name}.tmp.{socket.gethostname()}."
+    for left in out.parent.glob(f"{glob.escape(prefix)}*"):
+        if not psutil.pid_exists(int(left.name[len(prefix) :].split(".")[0])):  # killed before it could clean up
+            shutil.rmtree(left, ignore_errors=True)
+    temporary = out.with_name(f"{prefix}{os.getpid()}.{uuid.uuid4().hex}")
     temporary.mkdir(parents=True)
     receipt: dict[str, Any] = {}
     try:

@@ -1,0 +1,76 @@
+"""Decoded frames -> pixels: one rule of time, rotation, scaling and cropping for training, conditions and measurements."""
+
+from __future__ import annotations
+
+import math
+
+import av
+import av.container
+import av.stream
+import av.video.frame
+import numpy as np
+from av.video.reformatter import Interpolation
+
+TOLERANCE = 1e-3  # seconds: containers round timestamps, Matroska to whole milliseconds
+
+
+class FrameClock:
+    """Gives decoded frames their time in seconds; repairs missing and repeated timestamps by the stream's rate."""
+
+    def __init__(self, stream: av.VideoStream):
+        rate = stream.average_rate or stream.guessed_rate
+        self.gap = 1 / float(rate) if rate else 1 / 25
+        self.last = -math.inf
+
+    def __call__(self, frame: av.VideoFrame) -> float:
+        time = frame.time
+        if time is None or time <= self.last:
+            time = self.last + self.gap if self.last > -math.inf else 0.0
+        self.last = time
+        return time
+
+
+def only_video_stream(container: av.container.InputContainer) -> av.VideoStream | None:
+    """The first stream of moving pictures (an audio file's cover picture is none), set to decode in one thread."""
+    for stream in container.streams.video:
+        if not stream.disposition & av.stream.Disposition.attached_pic:
+            stream.codec_context.thread_count = 1  # processes share the cores; more threads change no pixel
+            return stream
+    return None
+
+
+def to_array(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
+    """A frame as pixels: turned upright, scaled (aspect ratio kept) until it covers the size, and cropped at the centre.
+
+    Args:
+        frame: as decoded.
+        height, width: of the result.
+
+    Returns:
+        uint8 [height, width, 3], RGB.
+    """
+    quarter_turns = round(frame.rotation / 90) % 4  # counter-clockwise
+    if quarter_turns % 2:
+        height, width = width, height
+    scale = max(height / frame.height, width / frame.width)
+    tall = max(height, round(frame.height * scale))
+    wide = max(width, round(frame.width * scale))
+    # Averaging over areas is the antialiased way down; sharp cubic curves are for the way up.
+    kind = Interpolation.AREA if scale < 1 else Interpolation.BICUBIC
+    scaled = frame.reformat(
+        width=wide,
+        height=tall,
+        format="rgb24",
+        interpolation=kind | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT,
+        threads=1,
+    )
+    pixels = scaled.to_ndarray()
+    top, left = (tall - height) // 2, (wide - width) // 2
+    return np.rot90(pixels[top : top + height, left : left + width], quarter_turns)
+
+
+def cover(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """`to_array` for pixels that no file holds: uint8 [H, W, 3] -> uint8 [height, width, 3]."""
+    if pixels.shape[:2] == (height, width):
+        return np.ascontiguousarray(pixels)
+    return to_array(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24"), height, width)
