@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.causal_conv import CausalConv3d, Downsample, FrameNorm, ResidualBlock, Upsample
+from tokenizer.causal_conv import Carry, CausalConv3d, Downsample, FrameNorm, ResidualBlock, Upsample
 from tokenizer.clip_shape import SPATIAL_COMPRESSION
 from tokenizer.errors import UserError
 
@@ -27,7 +27,7 @@ class AutoencoderConfig:
             time as well.
         blocks: residual blocks a level in the encoder; the decoder has one more.
         patch: side of the pixel patches that enter as channels (1: plain pixels). patch * 2^(levels - 1) must be 16.
-        temporal_kernel: k_t of the convolutions.
+        temporal_kernel: k_t of the convolutions, at least the temporal stride 2.
     """
 
     dim: int = 48
@@ -43,6 +43,10 @@ class AutoencoderConfig:
             raise UserError(
                 f"patch {self.patch} and {len(self.multipliers)} levels compress space {compression}-fold: "
                 "choose patch 1 with 5 levels, 2 with 4, or 4 with 3 (16-fold)."
+            )
+        if self.temporal_kernel < 2:
+            raise UserError(
+                f"temporal_kernel {self.temporal_kernel} is below the temporal stride 2: choose 3, for example."
             )
         if self.base_width % min(32, self.base_width):
             raise UserError(f"base_width {self.base_width} does not divide into 32 groups: choose a multiple of 32.")
@@ -64,12 +68,12 @@ class _Level(nn.Module):
         self.downsample: Downsample | None = None
         self.upsample: Upsample | None = None
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, carry: Carry | None = None) -> Tensor:
         for block in self.block:
-            features = block(features)
+            features = block(features, carry)
         for resample in (self.downsample, self.upsample):
             if resample is not None:
-                features = resample(features)
+                features = resample(features, carry)
         return features
 
 
@@ -79,8 +83,8 @@ class _Middle(nn.Module):
         self.block_1 = ResidualBlock(width, width, temporal_kernel)
         self.block_2 = ResidualBlock(width, width, temporal_kernel)
 
-    def forward(self, features: Tensor) -> Tensor:
-        return self.block_2(self.block_1(features))
+    def forward(self, features: Tensor, carry: Carry | None = None) -> Tensor:
+        return self.block_2(self.block_1(features, carry), carry)
 
 
 class Encoder(nn.Module):
@@ -101,7 +105,7 @@ class Encoder(nn.Module):
         self.norm_out = FrameNorm(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], config.dim, temporal_kernel=kernel)
 
-    def forward(self, video: Tensor) -> Tensor:
+    def forward(self, video: Tensor, carry: Carry | None = None) -> Tensor:
         batch, _, frames = video.shape[:3]
         # [B, 3, T, H, W] -> [B * T, 3 p^2, H / p, W / p] -> [B, 3 p^2, T, H / p, W / p]
         pixels = (
@@ -109,10 +113,10 @@ class Encoder(nn.Module):
             .unflatten(0, (batch, frames))
             .transpose(1, 2)
         )
-        features = self.conv_in(pixels.contiguous(memory_format=torch.channels_last_3d))
+        features = self.conv_in(pixels.contiguous(memory_format=torch.channels_last_3d), carry)
         for level in self.down:
-            features = level(features)
-        return self.conv_out(F.silu(self.norm_out(self.mid(features))))
+            features = level(features, carry)
+        return self.conv_out(F.silu(self.norm_out(self.mid(features, carry))), carry)
 
 
 class Decoder(nn.Module):
@@ -133,11 +137,12 @@ class Decoder(nn.Module):
         self.norm_out = FrameNorm(widths[0])
         self.conv_out = CausalConv3d(widths[0], 3 * config.patch**2, temporal_kernel=kernel)
 
-    def forward(self, latent: Tensor) -> Tensor:
-        features = self.mid(self.conv_in(latent.contiguous(memory_format=torch.channels_last_3d)))
+    def forward(self, latent: Tensor, carry: Carry | None = None) -> Tensor:
+        features = self.conv_in(latent.contiguous(memory_format=torch.channels_last_3d), carry)
+        features = self.mid(features, carry)
         for level in reversed(self.up):
-            features = level(features)
-        pixels = self.conv_out(F.silu(self.norm_out(features)))
+            features = level(features, carry)
+        pixels = self.conv_out(F.silu(self.norm_out(features)), carry)
         batch, _, frames = pixels.shape[:3]
         # [B, 3 p^2, T, H, W] -> [B * T, 3, p H, p W] -> [B, 3, T, p H, p W]
         return (

@@ -11,6 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Carry = dict[nn.Module, Tensor]
+"""What causal layers keep of the frames that a stream has brought so far; an empty one starts a stream. Without one a call is a whole
+clip."""
+
 
 class CausalConv3d(nn.Conv3d):
     """A 3-D convolution whose output frame t depends on input frames up to t (up to stride * t when it strides over time).
@@ -48,10 +52,21 @@ class CausalConv3d(nn.Conv3d):
         with torch.no_grad():
             self.weight[:, :, -1] = last
 
-    def forward(self, input: Tensor) -> Tensor:
-        """[B, C, T, H, W] -> [B, C', 1 + (T - 1) / stride_t, H / stride, W / stride]."""
+    def forward(self, input: Tensor, carry: Carry | None = None) -> Tensor:
+        """[B, C, T, H, W] -> [B, C', 1 + (T - 1) / stride_t, H / stride, W / stride].
+
+        In a stream the first chunk has 1 + stride_t * n frames and later ones stride_t * n, which become n.
+        """
         beside = 1 if self.stride[1] > 1 else 0
         before = self.kernel_size[0] - 1
+        if carry is not None and before:
+            past = carry[self] if self in carry else input.new_zeros(*input.shape[:2], before, *input.shape[3:])
+            input = torch.cat([past, input], dim=2)
+            # the next output starts a stride after this chunk's last one
+            carry[self] = input[:, :, input.shape[2] - (self.kernel_size[0] - self.stride[0]) :].clone()
+            if beside:
+                input = F.pad(input, (0, beside, 0, beside))
+            return super().forward(input)
         if input.shape[2] == 1:
             # an image: the slices before the last one meet zeros only, so a third of the work is enough
             image = F.pad(input, (0, beside, 0, beside)) if beside else input
@@ -88,10 +103,10 @@ class ResidualBlock(nn.Module):
             else nn.Identity()
         )
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, carry: Carry | None = None) -> Tensor:
         """[B, C, T, H, W] -> [B, C', T, H, W]."""
-        hidden = self.conv1(F.silu(self.norm1(features)))
-        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        hidden = self.conv1(F.silu(self.norm1(features)), carry)
+        hidden = self.conv2(F.silu(self.norm2(hidden)), carry)
         return self.nin_shortcut(features) + hidden
 
 
@@ -102,9 +117,9 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = CausalConv3d(channels, channels, temporal_kernel=temporal_kernel, stride=(2 if temporal else 1, 2))
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, carry: Carry | None = None) -> Tensor:
         """[B, C, T, H, W] -> [B, C, T or 1 + (T - 1) / 2, H / 2, W / 2]."""
-        return self.conv(features)
+        return self.conv(features, carry)
 
 
 class Upsample(nn.Module):
@@ -115,11 +130,14 @@ class Upsample(nn.Module):
         self.temporal = temporal
         self.conv = CausalConv3d(channels, channels, temporal_kernel=temporal_kernel)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """[B, C, T, H, W] -> [B, C, T or 1 + 2 (T - 1), 2 H, 2 W]."""
-        if self.temporal and features.shape[2] > 1:
-            rest = features[:, :, 1:].repeat_interleave(2, dim=2)
-            features = torch.cat([features[:, :, :1], rest], dim=2)
+    def forward(self, features: Tensor, carry: Carry | None = None) -> Tensor:
+        """[B, C, T, H, W] -> [B, C, T or 1 + 2 (T - 1), 2 H, 2 W]; a stream's later chunks hold no first frame: T -> 2 T."""
+        if self.temporal:
+            alone = 0 if carry is not None and self in carry else 1
+            rest = features[:, :, alone:].repeat_interleave(2, dim=2)
+            features = torch.cat([features[:, :, :alone], rest], dim=2)
+            if carry is not None:
+                carry[self] = features.new_empty(0)  # the first frame has been
         frames = features.transpose(1, 2).flatten(0, 1)  # [B, C, T, H, W] -> [B * T, C, H, W]
         frames = F.interpolate(frames, scale_factor=2.0, mode="nearest")
-        return self.conv(frames.unflatten(0, (features.shape[0], features.shape[2])).transpose(1, 2))
+        return self.conv(frames.unflatten(0, (features.shape[0], features.shape[2])).transpose(1, 2), carry)

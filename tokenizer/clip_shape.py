@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from tokenizer.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SPATIAL_COMPRESSION = 16
 TEMPORAL_COMPRESSION = 4
+RANGE_SLACK = 0.02  # values round in half precision, and sharp resampling overshoots by less
 
 
 def check_clip_shape(num_frames: int, height: int, width: int) -> None:
@@ -29,3 +35,23 @@ def check_size(height: int, width: int) -> None:
             raise UserError(
                 f"the frame {name} {side} is not a multiple of {SPATIAL_COMPRESSION}: resize or crop to {near}, for example."
             )
+
+
+def check_video(video: Tensor) -> None:
+    """Raises UserError unless a tensor is [B, 3, T, 16h, 16w], floating point, with values in [-1, 1]."""
+    if video.ndim != 5 or video.shape[1] != 3:
+        raise UserError(
+            f"a video of shape {tuple(video.shape)} was given: give [clips, 3 channels (RGB), frames, height, width]."
+        )
+    check_size(*video.shape[-2:])
+    if not video.is_floating_point():
+        raise UserError(
+            f"a video of {video.dtype} was given: convert pixels 0-255 to floating point by video / 127.5 - 1."
+        )
+    if video.is_meta:
+        return
+    low, high = (value.item() for value in video.detach().aminmax())
+    if low < -1 - RANGE_SLACK or high > 1 + RANGE_SLACK:
+        raise UserError(
+            f"a video with values from {low:.3g} to {high:.3g} was given: scale pixels to [-1, 1] by value / 127.5 - 1."
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +52,12 @@ class Codes:
         parts = tokens.split(schedule.split(), dim=2)
         bits = tuple(part.unflatten(2, grid) for part, grid in zip(parts, schedule.scales))  # [B, T, H_k, W_k, d]
         return cls(bits, schedule)
+
+    @classmethod
+    def concatenate(cls, parts: Iterable[Codes]) -> Codes:
+        """The codes of consecutive latent frames as one."""
+        whole = list(parts)
+        return cls(tuple(torch.cat(scale, dim=1) for scale in zip(*(part.bits for part in whole))), whole[0].schedule)
 
     def frames(self, start: int, stop: int) -> Codes:
         """The codes of latent frames start..stop-1; by causality a prefix is the code of the clip's first frames."""

@@ -72,8 +72,9 @@ class Perceptual(nn.Module):
             }  # sliceK.N.weight <- features.N.weight
             self.metric.net.load_state_dict(layers)
         except (KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            what = " ".join(str(error).split())[:120]
             raise UserError(
-                f"{file} does not hold torchvision's weights of the backbone ({' '.join(str(error).split())[:120]}): give {file.name} of torchvision."
+                f"{file} does not hold torchvision's weights of the backbone ({what}): give the file that torchvision publishes."
             ) from error
 
 

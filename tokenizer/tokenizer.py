@@ -16,12 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tokenizer.autoencoder import AutoencoderConfig, Decoder, Encoder
-from tokenizer.clip_shape import SPATIAL_COMPRESSION, check_clip_shape, check_size
+from tokenizer.clip_shape import SPATIAL_COMPRESSION, check_num_frames, check_size, check_video
 from tokenizer.codes import Codes
 from tokenizer.errors import UserError
 from tokenizer.quantizer import MultiScaleQuantizer
 from tokenizer.resample import DownMode
 from tokenizer.scales import ScaleSchedule, natural_scales
+from tokenizer.streaming import decode_stream, encode_stream
+from tokenizer.tiling import Carries, Tiling, run_tiled
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class VideoTokenizer(nn.Module):
         self.encoder = Encoder(config.autoencoder)
         self.decoder = Decoder(config.autoencoder)
         self.quantizer = MultiScaleQuantizer(config.autoencoder.dim, config.residual_down)
+        self.tiling: Tiling | None = None  # set it for frames that do not fit into memory
         # convolutions over [B, T, H, W, C] memory are up to twice as fast on CPUs, and what tensor cores want
         self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
@@ -70,31 +73,77 @@ class VideoTokenizer(nn.Module):
         """Video [B, 3, 1+4n, H, W] in [-1, 1] -> latent [B, d, 1+n, H/16, W/16].
 
         Raises:
-            UserError: the number of frames is not 1+4n, or a side is not a multiple of 16.
+            UserError: the number of frames is not 1+4n, a side is not a multiple of 16, or the video is not float RGB in [-1, 1].
         """
-        check_clip_shape(*video.shape[2:])
-        return self.encoder(video)
+        check_video(video)
+        check_num_frames(video.shape[2])
+        return self._encode(video)
+
+    def encode_chunk(self, video: Tensor, carries: Carries | None = None) -> Tensor:
+        """`encode_latent` of a part of a stream: 1+4n frames at its beginning, 4n later; `carries` is what `{}` has become so far."""
+        check_video(video)
+        return self._encode(video, carries)
+
+    def _encode(self, video: Tensor, carries: Carries | None = None) -> Tensor:
+        if self.tiling is None or max(video.shape[-2:]) <= self.tiling.size:
+            return self.encoder(video, None if carries is None else carries.setdefault((0, 0), {}))
+        return run_tiled(self.encoder, video, self.tiling.size, self.tiling.overlap, carries)
 
     def decode_latent(self, latent: Tensor) -> Tensor:
         """Latent [B, d, 1+n, H, W] -> video [B, 3, 1+4n, 16H, 16W], clamped to [-1, 1]."""
-        return self.decoder(latent).clamp(-1, 1)
+        return self.decode_chunk(latent)
+
+    def decode_chunk(self, latent: Tensor, carries: Carries | None = None) -> Tensor:
+        """`decode_latent` of a part of a stream; see `encode_chunk`."""
+        tile = (
+            None
+            if self.tiling is None
+            else (self.tiling.size // SPATIAL_COMPRESSION, self.tiling.overlap // SPATIAL_COMPRESSION)
+        )
+        if tile is None or max(latent.shape[-2:]) <= tile[0]:
+            video = self.decoder(latent, None if carries is None else carries.setdefault((0, 0), {}))
+        else:
+            video = run_tiled(self.decoder, latent, *tile, carries)
+        return video.clamp(-1, 1)
+
+    def quantize(self, latent: Tensor, schedule: ScaleSchedule | None = None) -> Codes:
+        """Latent [B, d, T, H, W] -> Codes; schedule None: the natural one of the grid."""
+        height, width = (side * SPATIAL_COMPRESSION for side in latent.shape[-2:])
+        return self.quantizer.quantize(latent, schedule or self.schedule_for(height, width))
+
+    def dequantize(self, codes: Codes) -> Tensor:
+        """Codes -> latent [B, d, T, H, W] in the decoder's type and on its device."""
+        return self.quantizer.dequantize(codes).to(next(self.decoder.parameters()))
 
     @torch.no_grad()
-    def encode(self, video: Tensor, schedule: ScaleSchedule | None = None) -> Codes:
+    def encode(self, video: Tensor, schedule: ScaleSchedule | None = None, latents_at_once: int | None = None) -> Codes:
         """Video [B, 3, 1+4n, H, W] in [-1, 1] -> Codes.
 
         Args:
             video: the clips; one frame is an image.
             schedule: None: `schedule_for` the frames' size.
+            latents_at_once: encode chunk by chunk, so many latent frames each, at memory that does not grow with the length; None:
+                the whole clip at once.
+
+        Raises:
+            UserError: as `encode_latent`.
         """
-        latent = self.encode_latent(video)
-        return self.quantizer.quantize(latent, schedule or self.schedule_for(*video.shape[-2:]))
+        if latents_at_once is None:
+            return self.quantize(self.encode_latent(video), schedule)
+        check_video(video)
+        check_num_frames(video.shape[2])
+        return Codes.concatenate(encode_stream(self, [video], schedule, latents_at_once))
 
     @torch.no_grad()
-    def decode(self, codes: Codes) -> Tensor:
-        """Codes -> video [B, 3, 1+4n, 16H, 16W] in [-1, 1]."""
-        parameter = next(self.decoder.parameters())
-        return self.decode_latent(self.quantizer.dequantize(codes).to(parameter))
+    def decode(self, codes: Codes, latents_at_once: int | None = None) -> Tensor:
+        """Codes -> video [B, 3, 1+4n, 16H, 16W] in [-1, 1]; `latents_at_once` as in `encode`."""
+        if latents_at_once is None:
+            return self.decode_latent(self.dequantize(codes))
+        parts = (
+            codes.frames(start, min(start + latents_at_once, codes.num_frames))
+            for start in range(0, codes.num_frames, latents_at_once)
+        )
+        return torch.cat(list(decode_stream(self, parts)), dim=2)
 
     @cached_property
     def fingerprint(self) -> str:
