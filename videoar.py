@@ -32,13 +32,14 @@ def shards(args: argparse.Namespace, words: list[str]) -> None:
 
 
 def tokenizer_train(args: argparse.Namespace, words: list[str]) -> None:
-    from data_pipelines.clips import ClipBatches, open_clips
-    from tokenizer.train import TokenizerTrainConfig, train
+    from data_pipelines.tokenizer_clips import training_clips
+    from tokenizer.train import train
+    from tokenizer.train_config import TokenizerTrainConfig
 
     config = settings.load(TokenizerTrainConfig, args.config, words)
-    specs = [spec for phase in config.phases for spec in phase.batches]
-    clips = open_clips(args.shards, max(spec.num_frames for spec in specs), max(spec.size for spec in specs))
-    train(config, ClipBatches(clips, config.seed), args.out, device=args.device)
+    clips, validation = training_clips(config, args.shards, args.validation, args.workers)
+    if train(config.resolved(len(clips)), clips, args.out, args.device, validation) is None:
+        _stopped("tokenizer train")
 
 
 def tokenizer_reconstruct(args: argparse.Namespace, _: list[str]) -> None:
@@ -59,8 +60,12 @@ def pretrain(args: argparse.Namespace, words: list[str]) -> None:
     from pretrain.train import main_entry
 
     if not main_entry(settings.load(PretrainConfig, args.config, words)):
-        print("videoar pretrain: stopped by a signal and saved; the same command goes on from there", file=sys.stderr)
-        sys.exit(3)  # a chain of commands must not take it for finished
+        _stopped("pretrain")
+
+
+def _stopped(verb: str) -> None:
+    print(f"videoar {verb}: stopped by a signal and saved; the same command goes on from there", file=sys.stderr)
+    sys.exit(3)  # a chain of commands must not take it for finished
 
 
 def export(args: argparse.Namespace, _: list[str]) -> None:
@@ -167,11 +172,24 @@ def _parser() -> argparse.ArgumentParser:
         dest="action", required=True, metavar="ACTION"
     )
     command = add(
-        group, "train", tokenizer_train, "train the tokenizer on raw shards", "tokenizer.train:TokenizerTrainConfig"
+        group,
+        "train",
+        tokenizer_train,
+        "train the tokenizer on raw shards; under torchrun for more than one process",
+        "tokenizer.train_config:TokenizerTrainConfig",
     )
     _folder(command, "--shards", "raw shards")
     _folder(command, "--out", "the folder for the tokenizer; a killed run goes on from here")
-    command.add_argument("--device", default="cpu", help="where to train (default: %(default)s)")
+    command.add_argument(
+        "--validation", type=Path, help="raw shards of clips to validate on (default: validation_share of --shards)"
+    )
+    command.add_argument("--device", default="cpu", help="where to train: cpu or cuda (default: %(default)s)")
+    command.add_argument(
+        "--workers",
+        type=int,
+        default=2,
+        help="threads a process that decode, for splits too large for memory (default: %(default)s)",
+    )
     command = add(
         group, "reconstruct", tokenizer_reconstruct, "encode and decode videos, and say how close they come (PSNR)"
     )

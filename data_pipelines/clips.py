@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from data_pipelines.random_access import ShardFolder
 from tokenizer.clip_shape import check_clip_shape, check_num_frames
 from tokenizer.errors import UserError
 from tokenizer.progress import track
-from tokenizer.train import BatchSpec
+from tokenizer.train_config import BatchSpec
 
 Start = Literal["centre", "random"]
 
@@ -291,65 +292,109 @@ def open_clips(shards: str | Path, num_frames: int, size: int, limit: float = 4e
 
 
 class ClipBatches:
-    """The batches of a tokenizer's training; batch i is a pure function of (seed, i, its shape).
+    """The batches of a tokenizer's training; batch i is a pure function of (seed, i, its shape), on any number of processes.
 
     Args:
         source: clips in memory, uint8 [N, T, H, W, 3], or a dataset that decodes them.
         seed: of clips and starts.
-        rank, world_size: this process's share of each batch among data-parallel ones; `BatchSpec.batch_size` is one
-            process's.
+        rank, world_size: this process among those that divide each batch.
         workers: threads that decode, for a dataset.
+        indices: the clips to draw from; None: all.
     """
 
     def __init__(
-        self, source: np.ndarray | Clips | ClipDataset, seed: int, rank: int = 0, world_size: int = 1, workers: int = 1
+        self,
+        source: np.ndarray | Clips | ClipDataset,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 1,
+        indices: np.ndarray | None = None,
     ):
-        self.source = source.frames if isinstance(source, Clips) else source
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.source, self.seed, self.rank, self.world_size = source, seed, rank, world_size
+        self.indices = np.arange(_count(source)) if indices is None else indices
         self.replaced = 0  # records that were passed over so far
         self._pool = ThreadPoolExecutor(max(1, workers))
 
+    def __len__(self) -> int:
+        return len(self.indices)
+
     def __call__(self, step: int, spec: BatchSpec) -> Tensor:
-        """The batch of one step, float32 [B, 3, T, H, W] in [-1, 1].
+        """This process's share of the batch of one step, float32 [B, 3, T, H, W] in [-1, 1].
 
         Raises:
-            UserError: an impossible shape, or clips that are shorter.
+            UserError: clips that are shorter.
         """
-        check_clip_shape(spec.num_frames, spec.size, spec.size)
-        count = len(self.source)
-        generator = np.random.default_rng([self.seed, step])
-        wanted = spec.batch_size * self.world_size
-        # all different where there are enough; every process draws the whole batch and takes its part
-        chosen = generator.choice(count, wanted, replace=wanted > count)
-        places = range(self.rank * spec.batch_size, (self.rank + 1) * spec.batch_size)
+        places, chosen = self._draw(step, spec)
+        keys = [(self.seed, step, place) for place in places]
+        return to_batch(self._read(chosen, keys, spec), spec.size)
+
+    def names(self, step: int, spec: BatchSpec) -> list[str]:
+        """The sources of these clips; of a record that was passed over, not of the one in its place."""
+        chosen = self._draw(step, spec)[1]
         if isinstance(self.source, ClipDataset):
-            clips = self._decode(self.source, step, spec, chosen, places)
-        else:
-            clips = self._cut(self.source, step, spec, chosen, places)
-        video = torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1  # [B, 3, T, H, W]
-        return _resize(video, spec.size).contiguous()
+            return [str(self.source.shards[int(index)]["source"]) for index in chosen]
+        if isinstance(self.source, Clips):
+            return [self.source.sources[index] for index in chosen]
+        return [f"clip {index}" for index in chosen]
 
-    def _decode(
-        self, dataset: ClipDataset, step: int, spec: BatchSpec, chosen: np.ndarray, places: range
-    ) -> np.ndarray:
-        read = self._pool.map(lambda p: dataset.read(int(chosen[p]), (self.seed, step, p), spec), places)
-        clips = []
-        for frames, _, replaced in read:
-            clips.append(frames)
-            self.replaced += replaced
-        return np.stack(clips)
+    def in_order(self, spec: BatchSpec, limit: int) -> Iterator[Tensor]:
+        """The first `limit` clips, from a fixed start each, in batches; the same for every process.
 
-    def _cut(self, clips: np.ndarray, step: int, spec: BatchSpec, chosen: np.ndarray, places: range) -> np.ndarray:
+        Args:
+            spec: their shape.
+            limit: the most clips.
+        """
+        chosen = self.indices[:limit]
+        for start in range(0, len(chosen), spec.batch_size):
+            part = chosen[start : start + spec.batch_size]
+            yield to_batch(self._read(part, [(self.seed, int(index)) for index in part], spec), spec.size)
+
+    def _draw(self, step: int, spec: BatchSpec) -> tuple[range, np.ndarray]:
+        """This process's places in the batch, and the clips there."""
+        generator = np.random.default_rng([self.seed, step])
+        # all different where there are enough; every process draws the whole batch and takes its part
+        chosen = generator.choice(self.indices, spec.batch_size, replace=spec.batch_size > len(self.indices))
+        share = spec.batch_size // self.world_size
+        places = range(self.rank * share, (self.rank + 1) * share)
+        return places, chosen[places.start : places.stop]
+
+    def _read(self, chosen: np.ndarray, keys: Sequence[Sequence[int]], spec: BatchSpec) -> np.ndarray:
+        """The chosen clips from random starts, uint8 [B, T, H, W, 3]; those in memory keep their own size."""
+        if isinstance(dataset := self.source, ClipDataset):
+            read = list(self._pool.map(lambda index, key: dataset.read(int(index), key, spec), chosen, keys))
+            self.replaced += sum(replaced for _, _, replaced in read)
+            return np.stack([frames for frames, _, _ in read])
+        clips = self.source.frames if isinstance(self.source, Clips) else self.source
         spare = clips.shape[1] - spec.num_frames
         if spare < 0:
             raise UserError(
                 f"batches of {spec.num_frames} frames can't be cut from clips of {clips.shape[1]}: ask for fewer."
             )
-        cut = []
-        for place in places:
-            first = int(np.random.default_rng([self.seed, step, place]).integers(spare + 1))
-            cut.append(clips[chosen[place], first : first + spec.num_frames])
-        return np.stack(cut)
+        starts = [int(np.random.default_rng(key).integers(spare + 1)) for key in keys]
+        return np.stack([clips[index, first : first + spec.num_frames] for index, first in zip(chosen, starts)])
+
+
+def split_clips(count: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of training and of validation clips: a fixed split by the seed, each in ascending order.
+
+    Args:
+        count: clips in all.
+        share: of the validation clips; above 0 there is at least one.
+    """
+    order = np.random.default_rng([seed, count]).permutation(count)
+    held_out = min(count - 1, math.ceil(share * count))
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def to_batch(clips: np.ndarray, size: int) -> Tensor:
+    """uint8 [B, T, H, W, 3] -> float32 [B, 3, T, size, size] in [-1, 1], with antialiasing."""
+    video = torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1  # [B, 3, T, H, W]
+    return _resize(video, size).contiguous()
+
+
+def _count(source: np.ndarray | Clips | ClipDataset) -> int:
+    return len(source.frames) if isinstance(source, Clips) else len(source)
 
 
 def _resize(video: Tensor, size: int) -> Tensor:

@@ -98,7 +98,7 @@ def _alpha(clip: np.ndarray) -> np.ndarray:
     """The share of each pixel that the shape covers, float32 [T, H, W] in [0, 1]; zeros if there is no shape."""
     clip = clip.astype(np.float32)
     chroma = clip.max(-1) - clip.min(-1)
-    # A shape covers 8% of the frame or more, so that this is the chroma well inside it; blur hardly lowers it.
+    # A shape covers 7% of the frame or more, so that this is the chroma well inside it; blur hardly lowers it.
     full = float(np.percentile(chroma, 97))
     if full < LEAST_CHROMA:
         return np.zeros_like(chroma)

@@ -10,6 +10,7 @@ from parallel.setup import ParallelConfig
 from pretrain.error_correction import ErrorCorrectionConfig
 from pretrain.objective import TokenWeight
 from tokenizer.errors import UserError
+from tokenizer.metrics_log import WandbConfig
 
 
 @dataclass(frozen=True)
@@ -127,20 +128,6 @@ class StageConfig:
                 raise UserError(f"stage '{self.name}' has {name} {getattr(self, name)}: a probability lies in [0, 1].")
         if not self.codes:
             raise UserError(f"stage '{self.name}' has no codes: list at least one source with its `dir`.")
-
-
-@dataclass(frozen=True)
-class WandbConfig:
-    """Weights & Biases.
-
-    Args:
-        mode: "offline" writes to the output folder without a network (`wandb sync` uploads later), "online", or "disabled".
-        project, name: what the run is called there.
-    """
-
-    mode: Literal["offline", "online", "disabled"] = "offline"
-    project: str = "videoar"
-    name: str | None = None
 
 
 @dataclass(frozen=True)

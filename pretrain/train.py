@@ -7,16 +7,13 @@ python -m torch.distributed.run --nproc-per-node 2 -m videoar pretrain --config 
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from data_pipelines.code_stream import CodeBatch
@@ -25,13 +22,14 @@ from parallel import checkpoint
 from parallel.setup import ParallelConfig, ProcessInfo, destroy, initialize
 from parallel.train_step import Microbatch, StepResult, build_model, build_optimizer, forward_backward, update
 from pretrain.config import PretrainConfig
-from pretrain.metrics import MetricsLog
 from pretrain.objective import ObjectiveConfig, bitwise_loss, prepare
 from pretrain.schedule import learning_rate
 from pretrain.stages import Plan, StagePlan, layout_for, make_plan
 from tokenizer import settings
 from tokenizer.errors import UserError
+from tokenizer.metrics_log import MetricsLog
 from tokenizer.progress import Meter
+from tokenizer.stop import StopFlag, stop_on_sigterm
 
 
 @dataclass
@@ -83,7 +81,7 @@ def pretrain(config: PretrainConfig) -> Position:
         settings.save(config, out / "config.yaml")
         trainer.log = MetricsLog(out, position.global_step, config.wandb, settings.to_dict(config))
     try:
-        with _stop_signal() as stop:
+        with stop_on_sigterm() as stop:
             while position.stage < len(plan.stages):
                 position = trainer.run_stage(plan.stages[position.stage], position, stop)
                 if stop.stopping:
@@ -230,42 +228,6 @@ def microbatch(
     return Microbatch(
         ready.inputs, layout, ready.text, ready.text_lengths, ready.frame_mask, ready.drop_condition, ready.targets
     )
-
-
-class StopFlag:
-    """Whether to stop; all ranks must answer alike, or one would wait for the others for ever.
-
-    `requested` is this rank's own wish, which a signal sets at any time; `stopping` is what all ranks agreed upon last.
-    """
-
-    requested = False
-    stopping = False
-
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop. Every rank must call it."""
-        flag = torch.tensor(int(self.requested))  # on the CPU: gloo carries it beside NCCL
-        if dist.get_world_size() > 1:
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        self.stopping = bool(flag)
-        return self.stopping
-
-
-@contextmanager
-def _stop_signal() -> Iterator[StopFlag]:
-    flag = StopFlag()
-
-    def ask(*_: Any) -> None:
-        flag.requested = True
-
-    try:
-        before = signal.signal(signal.SIGTERM, ask)
-    except ValueError:  # not the main thread: nobody sends signals there
-        yield flag
-        return
-    try:
-        yield flag
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _head(stage: StagePlan, step: int, global_step: int) -> dict[str, Any]:

@@ -6,10 +6,12 @@ Module names follow the published Infinity image tokenizers, whose weights can s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tokenizer.causal_conv import Carry, CausalConv3d, Downsample, FrameNorm, ResidualBlock, Upsample
 from tokenizer.clip_shape import SPATIAL_COMPRESSION
@@ -62,6 +64,9 @@ class AutoencoderConfig:
 
 
 class _Level(nn.Module):
+    is_shard_unit = True  # of FSDP2
+    recompute = False
+
     def __init__(self, widths: list[int], temporal_kernel: int):
         super().__init__()
         self.block = nn.ModuleList(ResidualBlock(a, b, temporal_kernel) for a, b in zip(widths, widths[1:]))
@@ -70,7 +75,10 @@ class _Level(nn.Module):
 
     def forward(self, features: Tensor, carry: Carry | None = None) -> Tensor:
         for block in self.block:
-            features = block(features, carry)
+            if self.recompute and torch.is_grad_enabled():
+                features = checkpoint(block, features, use_reentrant=False)
+            else:
+                features = block(features, carry)
         for resample in (self.downsample, self.upsample):
             if resample is not None:
                 features = resample(features, carry)
@@ -78,6 +86,8 @@ class _Level(nn.Module):
 
 
 class _Middle(nn.Module):
+    is_shard_unit = True
+
     def __init__(self, width: int, temporal_kernel: int):
         super().__init__()
         self.block_1 = ResidualBlock(width, width, temporal_kernel)
@@ -137,16 +147,29 @@ class Decoder(nn.Module):
         self.norm_out = FrameNorm(widths[0])
         self.conv_out = CausalConv3d(widths[0], 3 * config.patch**2, temporal_kernel=kernel)
 
-    def forward(self, latent: Tensor, carry: Carry | None = None) -> Tensor:
+    def forward(self, latent: Tensor, carry: Carry | None = None, with_features: bool = False) -> Any:
+        """[B, d, 1+n, H, W] -> [B, 3, 1+4n, 16H, 16W], and with `with_features` also what went into the last convolution."""
         features = self.conv_in(latent.contiguous(memory_format=torch.channels_last_3d), carry)
         features = self.mid(features, carry)
         for level in reversed(self.up):
             features = level(features, carry)
-        pixels = self.conv_out(F.silu(self.norm_out(features)), carry)
-        batch, _, frames = pixels.shape[:3]
+        features = F.silu(self.norm_out(features))
+        video = self.to_pixels(self.conv_out(features, carry))
+        return (video, features) if with_features else video
+
+    def to_pixels(self, patches: Tensor) -> Tensor:
+        """[B, 3 p^2, T, H, W] -> [B, 3, T, p H, p W]."""
+        batch, _, frames = patches.shape[:3]
         # [B, 3 p^2, T, H, W] -> [B * T, 3, p H, p W] -> [B, 3, T, p H, p W]
         return (
-            F.pixel_shuffle(pixels.transpose(1, 2).flatten(0, 1), self.patch)
+            F.pixel_shuffle(patches.transpose(1, 2).flatten(0, 1), self.patch)
             .unflatten(0, (batch, frames))
             .transpose(1, 2)
         )
+
+
+def recompute_blocks(module: nn.Module, on: bool) -> None:
+    """Whether the residual blocks inside a module are computed again in the backward pass instead of being kept."""
+    for child in module.modules():
+        if isinstance(child, _Level):
+            child.recompute = on

@@ -22,7 +22,8 @@ class QuantizerOutput:
     Args:
         quantized: sum_k up(q_k), [B, d, T, H, W], with a straight-through gradient to the latent.
         codes: the bits of all scales.
-        losses: scalars "commitment" and "entropy" (unweighted).
+        losses: scalars "commitment", "entropy_sample" (mean over tokens of sum_j h(p_j)) and "entropy_batch" (sum_j h(mean p_j)), means
+            over scales, unweighted; the entropy loss is entropy_sample - gamma entropy_batch.
         usage: [K, d], the share of ones of each bit on each scale.
     """
 
@@ -44,7 +45,6 @@ class MultiScaleQuantizer(nn.Module):
         dim: d, bits a token.
         residual_down: how residuals come to a scale's grid: "area" (as the Infinity tokenizers) or "bilinear".
         entropy_beta: sharpness of the soft bits p = sigmoid(4 beta u / sqrt(d)); None: d / 4.
-        entropy_gamma: weight of the diversity term in L = mean sum h(p) - gamma sum h(mean p).
     """
 
     def __init__(
@@ -52,13 +52,11 @@ class MultiScaleQuantizer(nn.Module):
         dim: int = 48,
         residual_down: DownMode = "area",
         entropy_beta: float | None = None,
-        entropy_gamma: float = 1.0,
     ):
         super().__init__()
         self.dim = dim
         self.residual_down: DownMode = residual_down
         self.entropy_beta = dim / 4 if entropy_beta is None else entropy_beta
-        self.entropy_gamma = entropy_gamma
 
     def forward(self, latent: Tensor, schedule: ScaleSchedule) -> QuantizerOutput:
         """Quantises a latent.
@@ -74,7 +72,7 @@ class MultiScaleQuantizer(nn.Module):
         total = torch.zeros_like(frames)
         straight_through = torch.zeros_like(frames)
         bits, usage = [], []
-        entropy = latent.new_zeros(())
+        sample, batch = latent.new_zeros(()), latent.new_zeros(())
         for grid in schedule.scales:
             residual = down(frames - total.detach(), grid, self.residual_down)  # [B, T, d, H_k, W_k]
             unit = F.normalize(residual, dim=2)
@@ -84,12 +82,14 @@ class MultiScaleQuantizer(nn.Module):
             straight_through = straight_through + up(unit + (value - unit).detach(), schedule.grid)
             bits.append(scale_bits)
             usage.append(scale_bits.float().mean(dim=(0, 1, 2, 3)))
-            entropy = entropy + self._entropy(unit.movedim(2, -1).flatten(0, -2))
+            entropies = self._entropies(unit.movedim(2, -1).flatten(0, -2))
+            sample, batch = sample + entropies[0], batch + entropies[1]
         # the forward value is the plain sum (to rounding), the gradient that of the normalised residuals
         quantized = straight_through + (total - straight_through).detach()
         losses = {
             "commitment": (frames - total.detach()).square().sum(dim=2).mean(),
-            "entropy": entropy / schedule.num_scales,
+            "entropy_sample": sample / schedule.num_scales,
+            "entropy_batch": batch / schedule.num_scales,
         }
         return QuantizerOutput(quantized.movedim(1, 2), Codes(tuple(bits), schedule), losses, torch.stack(usage))
 
@@ -118,15 +118,15 @@ class MultiScaleQuantizer(nn.Module):
             )
         return latent.movedim(1, 2)  # [B, d, T, H, W] -> [B, T, d, H, W]
 
-    def _entropy(self, unit: Tensor) -> Tensor:
-        """unit [M, d] -> mean_m sum_j h(p_mj) - gamma sum_j h(mean_m p_mj); the mean runs over all ranks."""
+    def _entropies(self, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """unit [M, d] -> mean_m sum_j h(p_mj) and sum_j h(mean_m p_mj); the inner mean runs over all ranks."""
         probability = torch.sigmoid(4 * self.entropy_beta * unit.float() / self.dim**0.5)
         mean = probability.mean(dim=0)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             from torch.distributed.nn.functional import all_reduce
 
             mean = all_reduce(mean) / dist.get_world_size()
-        return _bernoulli_entropy(probability).sum(dim=1).mean() - self.entropy_gamma * _bernoulli_entropy(mean).sum()
+        return _bernoulli_entropy(probability).sum(dim=1).mean(), _bernoulli_entropy(mean).sum()
 
 
 def accumulate(codes: Codes) -> Tensor:

@@ -1,226 +1,370 @@
 """Training of the tokenizer: a loop over clips that some room above hands in, with exact resume.
 
 videoar tokenizer train --config tokenizer/configs/demo.yaml --shards DIR --out DIR
+python -m torch.distributed.run --nproc-per-node 8 -m videoar tokenizer train --device cuda ...     data parallel
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
 import os
 import pickle
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from tokenizer import settings
-from tokenizer.clip_shape import check_clip_shape
+from tokenizer.autoencoder import recompute_blocks
+from tokenizer.data_parallel import (
+    Ranks,
+    full,
+    full_state,
+    joined,
+    load_optimizer,
+    load_state,
+    mean_over_ranks,
+    unwrap,
+    wrap,
+)
+from tokenizer.ema import Ema
 from tokenizer.errors import UserError
-from tokenizer.losses import LossConfig, reconstruction_loss
-from tokenizer.precision import Precision, uses_bfloat16
+from tokenizer.metrics_log import MetricsLog
+from tokenizer.objective import Generator, Objective, Reconstruction
 from tokenizer.progress import Meter
-from tokenizer.tokenizer import TokenizerConfig, VideoTokenizer
+from tokenizer.stop import stop_on_sigterm
+from tokenizer.tokenizer import VideoTokenizer
+from tokenizer.train_config import BatchSpec, TokenizerTrainConfig
+from tokenizer.validation import DEAD, ValidationSource, validate, write_picture
+
+CHECKPOINT = "checkpoint.pt"
 
 
-@dataclass(frozen=True)
-class BatchSpec:
-    """The shape of a batch.
+class ClipSource(Protocol):
+    """Gives the batch of a step; a pure function of the step, so that a resumed run sees the same clips."""
 
-    Args:
-        num_frames: 1 (images) or 1+4n.
-        size: height and width in pixels, a multiple of 16.
-        batch_size: clips.
-    """
+    def __call__(self, step: int, spec: BatchSpec) -> Tensor:
+        """This process's share of the batch, float32 [B, 3, T, H, W] in [-1, 1]."""
+        ...
 
-    num_frames: int
-    size: int
-    batch_size: int
+    def names(self, step: int, spec: BatchSpec) -> list[str]:
+        """What the clips of the share are called."""
+        ...
 
 
-@dataclass(frozen=True)
-class Phase:
-    """A part of the training that goes through its batch shapes in turn.
-
-    Args:
-        steps: optimizer steps.
-        batches: the shapes.
-    """
-
-    steps: int
-    batches: tuple[BatchSpec, ...]
-
-
-@dataclass(frozen=True)
-class TokenizerTrainConfig:
-    """A tokenizer's training.
-
-    Args:
-        tokenizer: what is trained.
-        loss: weights of the terms.
-        phases: short clips first, then longer ones.
-        lr: peak learning rate of AdamW; it warms up linearly and falls to zero along a cosine.
-        warmup_steps: of the learning rate.
-        weight_decay: on convolution kernels.
-        grad_clip: largest gradient norm.
-        continuous_share: during this first share of the steps, half of the clips bypass the quantiser.
-        precision: of the convolutions: "bfloat16", "float32", or "auto" (bfloat16 where the processor computes in it).
-        seed: of weights and batches.
-        checkpoint_every: steps between two checkpoints.
-        log_every: steps between two lines of metrics.jsonl.
-    """
-
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    phases: tuple[Phase, ...] = (Phase(1000, (BatchSpec(17, 128, 8),)),)
-    lr: float = 1e-4
-    warmup_steps: int = 100
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
-    continuous_share: float = 0.0
-    precision: Precision = "auto"
-    seed: int = 0
-    checkpoint_every: int = 200
-    log_every: int = 10
-
-    @property
-    def steps(self) -> int:
-        """Of all phases."""
-        return sum(phase.steps for phase in self.phases)
-
-    def batch_spec(self, step: int) -> BatchSpec:
-        """The shape of the batch of one step."""
-        for phase in self.phases:
-            if step < phase.steps:
-                return phase.batches[step % len(phase.batches)]
-            step -= phase.steps
-        raise IndexError(step)
-
-
-ClipSource = Callable[[int, BatchSpec], Tensor]
-"""(step, shape) -> float32 [B, 3, T, H, W] in [-1, 1]; a pure function of the step, so that a resumed run sees the same clips."""
-
-
-def train(config: TokenizerTrainConfig, clips: ClipSource, out: str | Path, device: str = "cpu") -> VideoTokenizer:
+def train(
+    config: TokenizerTrainConfig,
+    clips: ClipSource,
+    out: str | Path,
+    device: str = "cpu",
+    validation: ValidationSource | None = None,
+) -> VideoTokenizer | None:
     """Trains a tokenizer and writes it to `out`; killed and called again, it goes on from its last checkpoint.
 
+    Under torchrun every process calls it with the same settings. On SIGTERM the step under way is finished and saved.
+
     Args:
-        config: the recipe.
+        config: the recipe, with all phases in steps (`resolved`).
         clips: gives the batch of a step.
-        out: the folder for config.json, model.safetensors, train.yaml, metrics.jsonl and, while training, checkpoint.pt.
-        device: where to train.
+        out: the folder for config.json, model.safetensors, train.yaml, metrics.jsonl, validation/ and, while training, checkpoint.pt.
+        device: "cpu" or "cuda".
+        validation: the clips that no step sees; None: nothing is validated.
+
+    Returns:
+        the tokenizer, or None if it was stopped before the end.
 
     Raises:
-        UserError: `out` holds another recipe's run, a batch shape is impossible, or the loss is not finite.
+        UserError: `out` holds another recipe's run, settings do not fit, or a loss is not finite.
     """
     out = Path(out)
-    _check(config, out)
-    if (out / "config.json").is_file() and not (out / "checkpoint.pt").exists():
-        return VideoTokenizer.from_pretrained(out, device)  # finished before
-    torch.manual_seed(config.seed)
-    tokenizer = VideoTokenizer(config.tokenizer).to(device)
-    kernels = [p for p in tokenizer.parameters() if p.ndim > 1]
-    rest = [p for p in tokenizer.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": kernels, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=config.lr,
-        betas=(0.9, 0.95),
-        fused=True,
-    )
-    start = _restore(out, tokenizer, optimizer)
-    tokenizer.train()
-    with Meter("tokenizer", config.steps) as meter, open(out / "metrics.jsonl", "a") as metrics:
-        meter.advance(start)
-        for step in range(start, config.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * _rate(config, step)
-            report = _step(config, tokenizer, optimizer, clips(step, config.batch_spec(step)).to(device), step)
-            if not math.isfinite(report["loss"]):
-                raise UserError(
-                    f"the tokenizer's loss is {report['loss']} at step {step}: lower lr ({config.lr}) and start again in a new folder."
-                )
-            if step % config.log_every == 0 or step + 1 == config.steps:
-                metrics.write(json.dumps({"step": step, **report}) + "\n")
-                metrics.flush()
-            if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
-                _save(out, tokenizer, optimizer, step + 1)
-            meter.advance(1, f"loss {report['loss']:.4f} psnr {report['psnr']:.2f} dB")
-    tokenizer.eval().save_pretrained(out)
-    (out / "checkpoint.pt").unlink(missing_ok=True)
+    with joined(device) as ranks:
+        _claim(config, out, ranks)
+        if (out / "config.json").is_file() and not (out / CHECKPOINT).exists():
+            return VideoTokenizer.from_pretrained(out, ranks.device)  # finished before
+        trainer = Trainer(config, out, ranks)
+        done = trainer.run(clips, validation)
+        tokenizer = trainer.finish() if done else None
     return tokenizer
 
 
-def _step(
-    config: TokenizerTrainConfig, tokenizer: VideoTokenizer, optimizer: torch.optim.Optimizer, video: Tensor, step: int
-) -> dict[str, float]:
-    reduced = uses_bfloat16(config.precision, video.device.type)
-    with torch.autocast(video.device.type, torch.bfloat16, enabled=reduced):
-        latent = tokenizer.encode_latent(video)
-    latent = latent.float()
-    quantizer = tokenizer.quantizer(latent, tokenizer.schedule_for(*video.shape[-2:]))
-    features = quantizer.quantized
-    if step < config.continuous_share * config.steps:
-        half = video.shape[0] // 2
-        features = torch.cat([latent[:half], features[half:]])
-    with torch.autocast(video.device.type, torch.bfloat16, enabled=reduced):
-        reconstruction = tokenizer.decoder(features)
-    reconstruction = reconstruction.float()
-    pixel = reconstruction_loss(reconstruction, video, config.loss)
-    commitment, entropy = quantizer.losses["commitment"], quantizer.losses["entropy"]
-    loss = pixel + config.loss.commitment * commitment + config.loss.entropy * entropy
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), config.grad_clip)
-    if torch.isfinite(norm):  # a bad update must not reach the weights; the caller stops on a bad loss
-        optimizer.step()
-    error = (reconstruction.detach().clamp(-1, 1) - video).square().mean()
-    return {
-        "loss": loss.item() if torch.isfinite(norm) else math.nan,
-        "reconstruction": pixel.item(),
-        "commitment": commitment.item(),
-        "entropy": entropy.item(),
-        "psnr": -10 * math.log10(max(error.item() / 4, 1e-10)),
-        "grad_norm": norm.item(),
-        "lr": optimizer.param_groups[0]["lr"],
-        "bit_usage": quantizer.usage.mean().item(),
-        "dead_bits": (quantizer.usage.sub(0.5).abs() > 0.49).float().mean().item(),
-    }
+class Trainer:
+    """Tokenizer, objective and optimizers of a run.
+
+    Args:
+        config: the recipe.
+        out: its folder.
+        ranks: this process.
+    """
+
+    def __init__(self, config: TokenizerTrainConfig, out: Path, ranks: Ranks):
+        self.config, self.out, self.ranks = config, out, ranks
+        torch.manual_seed(config.seed)
+        tokenizer = _initial(config).to(ranks.device).train()
+        recompute_blocks(tokenizer, config.recompute)
+        if config.compile:
+            tokenizer.encoder.compile()
+            tokenizer.decoder.compile()
+        self.objective = Objective(config.loss, config.discriminator, ranks, config.strategy)
+        self.generator = wrap(Generator(tokenizer, config.precision), ranks, config.strategy)
+        self.optimizer = _adamw(self.generator, config.lr, config)
+        self.judge_optimizer = None
+        if self.objective.discriminator is not None:
+            self.judge_optimizer = _adamw(
+                self.objective.discriminator,
+                config.lr if config.discriminator_lr is None else config.discriminator_lr,
+                config,
+            )
+        self.ema = Ema(self.inner, config.ema_decay) if config.ema_decay else None
+        self.step = self._restore()
+        self.log: MetricsLog | None = None
+
+    @property
+    def inner(self) -> Generator:
+        """The generator without its wrapper."""
+        inner = unwrap(self.generator)
+        assert isinstance(inner, Generator)
+        return inner
+
+    def run(self, clips: ClipSource, validation: ValidationSource | None) -> bool:
+        """Trains to the end; False if it was stopped before."""
+        config, main = self.config, self.ranks.rank == 0
+        if main:
+            self.log = MetricsLog(self.out, self.step, config.wandb, settings.to_dict(config), key="step")
+        try:
+            with stop_on_sigterm() as stop, Meter("tokenizer", config.steps) if main else nullcontext() as meter:
+                if meter is not None:
+                    meter.advance(self.step)
+                while self.step < config.steps:
+                    report = self._step(clips)
+                    self.step += 1
+                    ends, stopping = self.step == config.steps, stop.agreed()
+                    if self.log is not None and (ends or stopping or self.step % config.log_every == 0):
+                        self.log.write({"step": self.step, **report})
+                    if (
+                        validation is not None
+                        and config.validate_every
+                        and (ends or self.step % config.validate_every == 0)
+                    ):
+                        self._validate(validation)
+                    if not ends and (stopping or self.step % config.checkpoint_every == 0):
+                        self._save()
+                    if meter is not None:
+                        meter.advance(1, f"loss {report['loss']:.4f} psnr {report['psnr']:.2f} dB")
+                    if stopping and not ends:
+                        return False
+        finally:
+            if self.log is not None:
+                self.log.close()
+        return True
+
+    def finish(self) -> VideoTokenizer:
+        """Writes the trained tokenizer; every rank must call it."""
+        with self.ema.applied() if self.ema else nullcontext():
+            weights = full_state(self.inner.tokenizer.state_dict())
+        tokenizer = VideoTokenizer(self.config.tokenizer)
+        tokenizer.load_state_dict(weights)
+        if self.ranks.rank == 0:
+            tokenizer.eval().save_pretrained(self.out)
+            (self.out / CHECKPOINT).unlink(missing_ok=True)
+        _wait()
+        return tokenizer.to(self.ranks.device).eval()
+
+    def _step(self, clips: ClipSource) -> dict[str, float]:
+        """One update of tokenizer and discriminator; what is logged of it, the mean over all ranks."""
+        config, step, spec = self.config, self.step, self.config.batch_spec(self.step)
+        rate = _rate(config, step)
+        video = clips(step, spec).to(self.ranks.device)
+        result = Reconstruction(**self.generator(video, self._bypass(video)))
+        loss, terms = self.objective.generator_loss(result, video, step, self.inner)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        terms["grad_norm"] = _clip(self.generator, config.grad_clip)
+        uses_gan = self.objective.uses_gan(step)
+        if uses_gan:
+            assert self.objective.discriminator is not None and self.judge_optimizer is not None
+            judge_loss, judge_terms = self.objective.discriminator_loss(result, video, self.inner)
+            self.judge_optimizer.zero_grad(set_to_none=True)
+            judge_loss.backward()
+            terms |= judge_terms | {"grad_norm_discriminator": _clip(self.objective.discriminator, config.grad_clip)}
+        error = (result.video.detach().clamp(-1, 1) - video).square().mean()
+        terms |= {
+            "loss": loss,
+            "mean_squared_error": error,
+            "bit_usage": result.usage.mean(),
+            "dead_bits": ((result.usage - 0.5).abs() > 0.5 - DEAD).float().mean(),
+        }
+        names = sorted(terms)
+        values = mean_over_ranks(torch.stack([terms[name].detach().float() for name in names])).tolist()
+        report = dict(zip(names, values))
+        if not all(map(math.isfinite, values)):
+            self._stop_at_bad_numbers(report, video, result, clips.names(step, spec))
+        _update(self.optimizer, rate)
+        if uses_gan and self.judge_optimizer is not None:
+            _update(self.judge_optimizer, rate)
+        if self.ema:
+            self.ema.update()
+        report["psnr"] = -10 * math.log10(max(report.pop("mean_squared_error") / 4, 1e-10))
+        return report | {"lr": config.lr * rate}
+
+    def _bypass(self, video: Tensor) -> Tensor | None:
+        """Which clips bypass the quantiser: every other one of the whole batch, on any number of ranks."""
+        if self.step >= self.config.continuous_share * self.config.steps:
+            return None
+        first = self.ranks.rank * len(video)
+        return torch.arange(first, first + len(video), device=video.device) % 2 == 0
+
+    def _stop_at_bad_numbers(
+        self, report: dict[str, float], video: Tensor, result: Reconstruction, names: list[str]
+    ) -> None:
+        """Raises before the update, on all ranks alike, and says at which clips it happened."""
+        fine = (video + result.video).isfinite().flatten(1).all(dim=1).tolist()
+        mine = [name for name, good in zip(names, fine) if not good]
+        bad = _gather(mine)
+        terms = ", ".join(f"{name} {value}" for name, value in report.items() if not math.isfinite(value))
+        where = (
+            f"clips {', '.join(bad[:8])}"
+            if bad
+            else f"none of the clips by itself; the batch is {', '.join(_gather(names)[:8])}"
+        )
+        raise UserError(
+            f"the tokenizer's training is not finite at step {self.step} ({terms}; {where}): take these clips out, or lower lr "
+            f"({self.config.lr}), and go on from the last checkpoint."
+        )
+
+    def _validate(self, batches: ValidationSource) -> None:
+        with self.ema.applied() if self.ema else nullcontext():
+            self.generator.eval()
+            report, picture = validate(self.generator, batches, self.config.loss, self.objective.perceptual, self.ranks)
+            self.generator.train()
+        if self.log is not None:
+            file = self.out / "validation" / f"step_{self.step:07d}.png"
+            write_picture(picture, file)
+            self.log.write({"step": self.step, **report})
+            self.log.picture("validation", file, self.step)
+
+    def _save(self) -> None:
+        state: dict[str, Any] = {
+            "step": self.step,
+            "model": full_state(self.inner.tokenizer.state_dict()),
+            "optimizer": full_state(self.optimizer.state_dict()),
+            "lecam": self.objective.lecam.state_dict(),
+        }
+        if self.ema:
+            state["ema"] = full_state(self.ema.state_dict())
+        if self.objective.discriminator is not None and self.judge_optimizer is not None:
+            state["discriminator"] = full_state(unwrap(self.objective.discriminator).state_dict())
+            state["discriminator_optimizer"] = full_state(self.judge_optimizer.state_dict())
+        if self.ranks.rank == 0:
+            temporary = self.out / f".checkpoint.{os.getpid()}.pt"
+            torch.save(state, temporary)
+            os.replace(temporary, self.out / CHECKPOINT)
+        _wait()
+
+    def _restore(self) -> int:
+        """Loads the checkpoint, if there is one; the number of finished steps."""
+        file = self.out / CHECKPOINT
+        if not file.exists():
+            return 0
+        try:
+            state = torch.load(file, weights_only=True, map_location="cpu")
+            load_state(self.inner.tokenizer, state["model"])
+            load_optimizer(self.optimizer, state["optimizer"])
+            self.objective.lecam.load_state_dict(state["lecam"])
+            if self.ema:
+                self.ema.load(state["ema"])
+            if self.objective.discriminator is not None and self.judge_optimizer is not None:
+                load_state(unwrap(self.objective.discriminator), state["discriminator"])
+                load_optimizer(self.judge_optimizer, state["discriminator_optimizer"])
+        except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+            raise UserError(
+                f"the checkpoint {file} can't be read ({' '.join(str(error).split())[:150]}): delete it to start again."
+            ) from error
+        return state["step"]
+
+
+def _initial(config: TokenizerTrainConfig) -> VideoTokenizer:
+    """The tokenizer before the first step."""
+    if config.start_from is None:
+        tokenizer = VideoTokenizer(config.tokenizer)
+    else:
+        tokenizer = VideoTokenizer.from_pretrained(config.start_from)
+        mine, theirs = settings.to_dict(config.tokenizer), settings.to_dict(tokenizer.config)
+        differing = sorted(key for key in mine["autoencoder"] if mine["autoencoder"][key] != theirs["autoencoder"][key])
+        if differing:
+            what = ", ".join(
+                f"{key} {theirs['autoencoder'][key]} instead of {mine['autoencoder'][key]}" for key in differing
+            )
+            raise UserError(
+                f"the tokenizer in {config.start_from} has {what}: set tokenizer.autoencoder to its sizes, or start from another one."
+            )
+        weights = tokenizer.state_dict()
+        tokenizer = VideoTokenizer(config.tokenizer)  # num_scales and residual_down are the recipe's
+        tokenizer.load_state_dict(weights)
+    if config.loss.entropy_beta is not None:
+        tokenizer.quantizer.entropy_beta = config.loss.entropy_beta
+    return tokenizer
+
+
+def _adamw(module: nn.Module, lr: float, config: TokenizerTrainConfig) -> torch.optim.AdamW:
+    kernels = [p for p in module.parameters() if p.ndim > 1]
+    rest = [p for p in module.parameters() if p.ndim <= 1]
+    groups = [{"params": kernels, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=True)
+    for group in optimizer.param_groups:
+        group["peak"] = lr
+    return optimizer
+
+
+def _update(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * rate
+    optimizer.step()
+
+
+def _clip(module: nn.Module, largest: float) -> Tensor:
+    """Clips the gradients; their norm before."""
+    return full(torch.nn.utils.clip_grad_norm_(module.parameters(), largest))
 
 
 def _rate(config: TokenizerTrainConfig, step: int) -> float:
+    """The share of the peak learning rate."""
     warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
     return warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
 
-def _check(config: TokenizerTrainConfig, out: Path) -> None:
+def _gather(names: list[str]) -> list[str]:
+    """All ranks' names; every rank must call it."""
+    if not dist.is_initialized():
+        return names
+    lists: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(lists, names)
+    return list(itertools.chain.from_iterable(lists))
+
+
+def _wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _claim(config: TokenizerTrainConfig, out: Path, ranks: Ranks) -> None:
+    """Makes the folder this recipe's own."""
     for phase in config.phases:
+        if phase.steps is None:
+            raise ValueError("phases in epochs must be resolved")
         for spec in phase.batches:
-            check_clip_shape(spec.num_frames, spec.size, spec.size)
-    out.mkdir(parents=True, exist_ok=True)
+            ranks.share(spec.batch_size)
     recipe = out / "train.yaml"
-    if recipe.exists() and settings.load(TokenizerTrainConfig, recipe) != config:
+    # where it is trained and watched may change from one start to the next
+    lasting = replace(config, wandb=TokenizerTrainConfig().wandb, strategy="ddp", log_every=1)
+    if recipe.exists() and settings.load(TokenizerTrainConfig, recipe) != lasting:
         raise UserError(f"{out} holds a run with another recipe ({recipe}): name a new folder or delete this one.")
-    settings.save(config, recipe)
-
-
-def _save(out: Path, tokenizer: VideoTokenizer, optimizer: torch.optim.Optimizer, step: int) -> None:
-    temporary = out / f".checkpoint.{os.getpid()}.pt"
-    torch.save({"step": step, "model": tokenizer.state_dict(), "optimizer": optimizer.state_dict()}, temporary)
-    os.replace(temporary, out / "checkpoint.pt")
-
-
-def _restore(out: Path, tokenizer: VideoTokenizer, optimizer: torch.optim.Optimizer) -> int:
-    file = out / "checkpoint.pt"
-    if not file.exists():
-        return 0
-    try:
-        state = torch.load(file, weights_only=True, map_location="cpu")
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"the checkpoint {file} can't be read ({' '.join(str(error).split())[:150]}): delete it to start again."
-        ) from error
-    tokenizer.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    _wait()
+    if ranks.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        settings.save(lasting, recipe)
+    _wait()

@@ -14,7 +14,7 @@ from data_pipelines.shards import COLUMNS, ShardsConfig, write_shards
 from tests.data_pipelines.media import indices, write_video
 from tokenizer.clip_shape import check_clip_shape
 from tokenizer.errors import UserError
-from tokenizer.train import BatchSpec
+from tokenizer.train_config import BatchSpec
 
 FRAMES = 29
 
@@ -171,7 +171,7 @@ def test_batches_are_a_function_of_seed_and_step(shards, kind):
 def test_ranks_share_a_batch_without_overlap():
     clips = np.arange(8, dtype=np.uint8)[:, None, None, None, None] * np.ones((8, 5, 16, 16, 3), np.uint8)
     whole = ClipBatches(clips, seed=0)(4, BatchSpec(5, 16, 8))
-    parts = [ClipBatches(clips, seed=0, rank=rank, world_size=2)(4, BatchSpec(5, 16, 4)) for rank in range(2)]
+    parts = [ClipBatches(clips, seed=0, rank=rank, world_size=2)(4, BatchSpec(5, 16, 8)) for rank in range(2)]
     assert torch.equal(torch.cat(parts), whole)
     values = ((whole[:, 0, 0, 0, 0] + 1) * 127.5).round().int().tolist()
     assert sorted(values) == list(range(8))  # no clip twice

@@ -94,13 +94,19 @@ def test_gradient_is_that_of_the_normalised_residuals():
 
 
 def test_entropy_rewards_sure_bits_and_balanced_use():
-    """All tokens alike: sum h(p) - sum h(mean p) = 0; opposite tokens, very sure: -d ln 2."""
+    """All tokens alike: both entropies are equal; opposite tokens, very sure: none a sample, d ln 2 a batch."""
     quantizer, schedule = MultiScaleQuantizer(8, entropy_beta=1e3), ScaleSchedule(((1, 1),))
     token = torch.ones(1, 8, 1, 1, 1)
-    alike = quantizer(token.expand(4, -1, -1, -1, -1), schedule).losses["entropy"]
-    opposite = quantizer(torch.cat([token, -token]), schedule).losses["entropy"]
-    assert alike.item() == pytest.approx(0, abs=1e-5)
-    assert opposite.item() == pytest.approx(-8 * math.log(2), abs=1e-4)
+    alike = quantizer(token.expand(4, -1, -1, -1, -1), schedule).losses
+    opposite = quantizer(torch.cat([token, -token]), schedule).losses
+    assert alike["entropy_sample"].item() == pytest.approx(alike["entropy_batch"].item(), abs=1e-5)
+    assert opposite["entropy_sample"].item() == pytest.approx(0, abs=1e-4)
+    assert opposite["entropy_batch"].item() == pytest.approx(8 * math.log(2), abs=1e-4)
+    soft = (
+        MultiScaleQuantizer(8)(token, schedule).losses["entropy_sample"].item()
+    )  # beta = d / 4: p = sigmoid(8 u / sqrt(8)), u = 1 / sqrt(8)
+    p = 1 / (1 + math.exp(-1))
+    assert soft == pytest.approx(-8 * (p * math.log(p) + (1 - p) * math.log(1 - p)), rel=1e-5)
 
 
 def test_usage_is_the_share_of_ones_of_each_bit():

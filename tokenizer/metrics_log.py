@@ -1,14 +1,27 @@
-"""Where a run's numbers go: metrics.jsonl, Weights & Biases, the progress line. Only rank 0 writes."""
+"""Where a run's numbers go: metrics.jsonl and Weights & Biases. Only rank 0 writes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pretrain.config import WandbConfig
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases.
+
+    Args:
+        mode: "offline" writes to the output folder without a network (`wandb sync` uploads later), "online", or "disabled".
+        project, name: what the run is called there.
+    """
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "videoar"
+    name: str | None = None
 
 
 class MetricsLog:
@@ -16,14 +29,15 @@ class MetricsLog:
 
     Args:
         out: the run's folder.
-        global_step: finished steps of the checkpoint that the run goes on from.
+        finished: steps of the checkpoint that the run goes on from.
         wandb: its settings.
         config: the run's settings, for Weights & Biases.
+        key: the entry of each line that counts finished steps.
     """
 
-    def __init__(self, out: Path, global_step: int, wandb: WandbConfig, config: dict[str, Any]):
-        self.file = out / "metrics.jsonl"
-        _drop_after(self.file, global_step)
+    def __init__(self, out: Path, finished: int, wandb: WandbConfig, config: dict[str, Any], key: str = "global_step"):
+        self.file, self.key = out / "metrics.jsonl", key
+        _drop_after(self.file, finished, key)
         self._out = self.file.open("a")
         self._run: Any = None
         if wandb.mode != "disabled":
@@ -43,11 +57,18 @@ class MetricsLog:
             )
 
     def write(self, values: dict[str, Any]) -> None:
-        """Logs one line; `values` has the key "global_step"."""
+        """Logs one line; `values` has the key that counts steps."""
         self._out.write(json.dumps(values) + "\n")
         self._out.flush()
         if self._run is not None:
-            self._run.log(values, step=values["global_step"])
+            self._run.log(values, step=values[self.key])
+
+    def picture(self, name: str, file: Path, step: int) -> None:
+        """Shows a picture that lies in the run's folder in Weights & Biases, too."""
+        if self._run is not None:
+            import wandb as client
+
+            self._run.log({name: client.Image(str(file))}, step=step)
 
     def close(self) -> None:
         """Ends the log."""
@@ -56,13 +77,13 @@ class MetricsLog:
             self._run.finish()
 
 
-def _drop_after(file: Path, global_step: int) -> None:
+def _drop_after(file: Path, finished: int, key: str) -> None:
     if not file.exists():
         return
     kept = []
     for line in file.read_text().splitlines():
         try:
-            if json.loads(line)["global_step"] <= global_step:
+            if json.loads(line)[key] <= finished:
                 kept.append(line + "\n")
         except (ValueError, KeyError):  # a line that a kill cut short
             continue
