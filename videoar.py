@@ -41,6 +41,12 @@ def tokenizer_train(args: argparse.Namespace, words: list[str]) -> None:
     train(config, ClipBatches(clips, config.seed), args.out, device=args.device)
 
 
+def tokenizer_inflate(args: argparse.Namespace, _: list[str]) -> None:
+    from tokenizer.inflation import inflate
+
+    print(f"{args.out}: {inflate(args.image_checkpoint, args.out, args.dim).summary()}")
+
+
 def tokenizer_reconstruct(args: argparse.Namespace, _: list[str]) -> None:
     from evaluation.reconstruction import reconstruct
 
@@ -163,15 +169,37 @@ def _parser() -> argparse.ArgumentParser:
     )
     _folder(command, "--out", "the folder for the shards")
 
-    group = verbs.add_parser("tokenizer", help="train the video tokenizer, or look at what it keeps").add_subparsers(
-        dest="action", required=True, metavar="ACTION"
-    )
+    group = verbs.add_parser(
+        "tokenizer", help="train the video tokenizer, start it from an image tokenizer, or look at what it keeps"
+    ).add_subparsers(dest="action", required=True, metavar="ACTION")
     command = add(
         group, "train", tokenizer_train, "train the tokenizer on raw shards", "tokenizer.train:TokenizerTrainConfig"
     )
     _folder(command, "--shards", "raw shards")
     _folder(command, "--out", "the folder for the tokenizer; a killed run goes on from here")
     command.add_argument("--device", default="cpu", help="where to train (default: %(default)s)")
+    command = add(
+        group,
+        "inflate",
+        tokenizer_inflate,
+        "make a video tokenizer out of an image tokenizer: it encodes and decodes single frames as that one did, and has still to be "
+        "trained on clips",
+    )
+    command.add_argument(
+        "--image-checkpoint",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help='in the layout of the published Infinity image tokenizers: a .pth file of {"vae": weights}, or .safetensors',
+    )
+    _folder(command, "--out", "the folder for the tokenizer and inflation.json, which says what became of every weight")
+    command.add_argument(
+        "--dim",
+        type=int,
+        metavar="N",
+        help="bits a token of the video tokenizer (default: as the image tokenizer). With another number the encoder's last and the "
+        "decoder's first layer start untrained",
+    )
     command = add(
         group, "reconstruct", tokenizer_reconstruct, "encode and decode videos, and say how close they come (PSNR)"
     )
