@@ -42,6 +42,12 @@ def tokenizer_train(args: argparse.Namespace, words: list[str]) -> None:
         _stopped("tokenizer train")
 
 
+def tokenizer_inflate(args: argparse.Namespace, _: list[str]) -> None:
+    from tokenizer.inflation import inflate
+
+    print(f"{args.out}: {inflate(args.image_checkpoint, args.out, args.dim).summary()}")
+
+
 def tokenizer_reconstruct(args: argparse.Namespace, _: list[str]) -> None:
     from evaluation.reconstruction import reconstruct
 
@@ -168,9 +174,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _folder(command, "--out", "the folder for the shards")
 
-    group = verbs.add_parser("tokenizer", help="train the video tokenizer, or look at what it keeps").add_subparsers(
-        dest="action", required=True, metavar="ACTION"
-    )
+    group = verbs.add_parser(
+        "tokenizer", help="train the video tokenizer, start it from an image tokenizer, or look at what it keeps"
+    ).add_subparsers(dest="action", required=True, metavar="ACTION")
     command = add(
         group,
         "train",
@@ -189,6 +195,28 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=2,
         help="threads a process that decode, for splits too large for memory (default: %(default)s)",
+    )
+    command = add(
+        group,
+        "inflate",
+        tokenizer_inflate,
+        "make a video tokenizer out of an image tokenizer: it encodes and decodes single frames as that one did, and has still to be "
+        "trained on clips",
+    )
+    command.add_argument(
+        "--image-checkpoint",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help='in the layout of the published Infinity image tokenizers: a .pth file of {"vae": weights}, or .safetensors',
+    )
+    _folder(command, "--out", "the folder for the tokenizer and inflation.json, which says what became of every weight")
+    command.add_argument(
+        "--dim",
+        type=int,
+        metavar="N",
+        help="bits a token of the video tokenizer (default: as the image tokenizer). With another number the encoder's last and the "
+        "decoder's first layer start untrained",
     )
     command = add(
         group, "reconstruct", tokenizer_reconstruct, "encode and decode videos, and say how close they come (PSNR)"

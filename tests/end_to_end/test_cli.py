@@ -12,8 +12,8 @@ from tokenizer.video_file import write_video
 
 HOUSE = Path(__file__).resolve().parents[2]
 VERBS = [
-    ["corpus"], ["shards"], ["tokenizer", "train"], ["tokenizer", "reconstruct"], ["encode"], ["pretrain"], ["export"], ["generate"],
-    ["evaluate", "shapes"], ["evaluate", "reconstruction"], ["demo"], ["report"],
+    ["corpus"], ["shards"], ["tokenizer", "train"], ["tokenizer", "inflate"], ["tokenizer", "reconstruct"], ["encode"], ["pretrain"],
+    ["export"], ["generate"], ["evaluate", "shapes"], ["evaluate", "reconstruction"], ["demo"], ["report"],
 ]  # fmt: skip
 
 
@@ -53,6 +53,7 @@ def test_help_is_light():
         (["tokenizer", "train", "--config", "none.yaml", "--shards", "x", "--out", "OUT"], "none.yaml does not exist"),
         (["tokenizer", "train", "--shards", "nowhere", "--out", "OUT"], "nowhere"),
         (["tokenizer", "train", "--shards", "x", "--out", "OUT", "--lrr", "1"], "nearest known key is 'lr'"),
+        (["tokenizer", "inflate", "--image-checkpoint", "nowhere.pth", "--out", "OUT"], "nowhere.pth does not exist"),
         (["encode", "--shards", "nowhere", "--tokenizer", "x", "--out", "OUT"], "nowhere"),
         (
             ["encode", "--shards", "x", "--tokenizer", "x", "--out", "OUT", "--variants", "[64x64x16]"],
