@@ -89,6 +89,8 @@ def wrap(module: nn.Module, ranks: Ranks, strategy: Strategy) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        for parameter in module.parameters():
+            parameter.data = parameter.data.contiguous()  # FSDP2 takes no other order of dimensions
         mesh = init_device_mesh(ranks.device.type, (ranks.size,))
         for child in module.modules():
             if getattr(child, "is_shard_unit", False):
@@ -111,12 +113,15 @@ def full(value: Tensor) -> Tensor:
 
 
 def full_state(state: Any) -> Any:
-    """A state dictionary with whole tensors on the CPU; every rank must call it."""
+    """A copy of a state dictionary with whole tensors on the CPU; every rank must call it."""
     if isinstance(state, dict):
         return {key: full_state(value) for key, value in state.items()}
     if isinstance(state, list):
         return [full_state(value) for value in state]
-    return full(state).detach().cpu() if isinstance(state, Tensor) else state
+    if isinstance(state, Tensor):
+        # contiguous memory fits any strategy
+        return torch.empty(state.shape, dtype=state.dtype).copy_(full(state.detach()))
+    return state
 
 
 @torch.no_grad()
@@ -141,9 +146,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 def like(value: Tensor, target: Tensor) -> Tensor:
-    """A whole tensor as `target` is: sharded like it, or whole."""
+    """A whole tensor as `target` is: sharded like it, or whole and with its order of dimensions in memory."""
     if not hasattr(target, "device_mesh"):
-        return value
+        # the fused AdamW walks parameter and moments by their memory, whatever their strides
+        return torch.empty_like(target, dtype=value.dtype).copy_(value)
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenizer.data_parallel import Ranks, Strategy, unwrap, wrap
+from tokenizer.data_parallel import Ranks, unwrap, wrap
 from tokenizer.discriminator import Discriminator, DiscriminatorConfig
 from tokenizer.errors import UserError
 from tokenizer.losses import LeCam, LossConfig, adaptive_weight, hinge_loss, reconstruction_loss
@@ -89,18 +89,18 @@ class Objective:
         config: the weights.
         sizes: of the discriminator.
         ranks: this process.
-        strategy: how the discriminator is wrapped.
 
     Raises:
         UserError: LPIPS is wanted and its backbone's weights are not there.
     """
 
-    def __init__(self, config: LossConfig, sizes: DiscriminatorConfig, ranks: Ranks, strategy: Strategy):
+    def __init__(self, config: LossConfig, sizes: DiscriminatorConfig, ranks: Ranks):
         self.config = config
         self.perceptual, self.perceptual_weight = _perceptual(config, ranks)
         self.discriminator: nn.Module | None = None
         if config.gan:
-            self.discriminator = wrap(Discriminator(sizes).to(ranks.device), ranks, strategy)
+            # small, and judging without training it would confuse sharded parameters: DDP with every strategy
+            self.discriminator = wrap(Discriminator(sizes).to(ranks.device), ranks, "ddp")
         self.lecam = LeCam(config.lecam_decay).to(ranks.device)
 
     def uses_gan(self, step: int) -> bool:

@@ -109,7 +109,7 @@ class Trainer:
         if config.compile:
             tokenizer.encoder.compile()
             tokenizer.decoder.compile()
-        self.objective = Objective(config.loss, config.discriminator, ranks, config.strategy)
+        self.objective = Objective(config.loss, config.discriminator, ranks)
         self.generator = wrap(Generator(tokenizer, config.precision), ranks, config.strategy)
         self.optimizer = _adamw(self.generator, config.lr, config)
         self.judge_optimizer = None

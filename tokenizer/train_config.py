@@ -86,7 +86,7 @@ class TokenizerTrainConfig:
         precision: of the convolutions: "bfloat16", "float32", or "auto" (bfloat16 where the processor computes in it).
         recompute: residual blocks are computed again in the backward pass, which saves memory.
         compile: encoder and decoder run through torch.compile.
-        strategy: of several processes: "ddp" or "fsdp2".
+        strategy: of several processes: "ddp", or "fsdp2", which shards the tokenizer.
         seed: of weights, batches and the split into training and validation clips.
         validation_share: of the clips, taken out of the training by the seed, where no validation shards are given.
         validation_clips: the most that a validation decodes.

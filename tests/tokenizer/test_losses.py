@@ -76,7 +76,7 @@ def test_every_term_is_reported_by_itself_and_weighted_as_told():
     )  # fmt: skip
     torch.manual_seed(0)
     generator = Generator(make(SMALL).train(), "float32")
-    objective = Objective(config, DiscriminatorConfig(8, 2), ALONE, "ddp")
+    objective = Objective(config, DiscriminatorConfig(8, 2), ALONE)
     video = torch.rand(2, 3, 1, 32, 32) * 2 - 1
     result = result_for(generator, video)
     loss, terms = objective.generator_loss(result, video, 2, generator)
@@ -100,12 +100,10 @@ def test_lpips_without_its_weights_is_never_silent(capsys, monkeypatch, tmp_path
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     sizes = DiscriminatorConfig()
     with pytest.raises(UserError, match="vgg16.* is not there.* Or set loss.perceptual_untrained"):
-        Objective(LossConfig(perceptual=1.0), sizes, ALONE, "ddp")
-    off = Objective(LossConfig(perceptual=1.0, perceptual_untrained=0.0), sizes, ALONE, "ddp")
+        Objective(LossConfig(perceptual=1.0), sizes, ALONE)
+    off = Objective(LossConfig(perceptual=1.0, perceptual_untrained=0.0), sizes, ALONE)
     assert off.perceptual is None and "the term is left out" in capsys.readouterr().err
-    instead = Objective(
-        LossConfig(perceptual=1.0, perceptual_untrained=0.25, perceptual_backbone="alex"), sizes, ALONE, "ddp"
-    )
+    instead = Objective(LossConfig(perceptual=1.0, perceptual_untrained=0.25, perceptual_backbone="alex"), sizes, ALONE)
     assert instead.perceptual_weight == 0.25 and instead.perceptual.untrained
     assert "an untrained backbone with weight 0.25" in capsys.readouterr().err
 

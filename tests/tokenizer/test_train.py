@@ -14,11 +14,12 @@ from PIL import Image
 
 from tokenizer import UserError, VideoTokenizer
 from tokenizer.autoencoder import AutoencoderConfig
+from tokenizer.data_parallel import Ranks
 from tokenizer.discriminator import DiscriminatorConfig
 from tokenizer.losses import LossConfig, reconstruction_loss
 from tokenizer.metrics_log import WandbConfig
 from tokenizer.tokenizer import TokenizerConfig
-from tokenizer.train import train
+from tokenizer.train import Trainer, train
 from tokenizer.train_config import BatchSpec, Phase, TokenizerTrainConfig
 
 HOUSE = Path(__file__).resolve().parents[2]
@@ -176,27 +177,32 @@ def test_everything_on_it_still_resumes_exactly(tmp_path):
     assert lines[0] == lines[1] and len(lines[0]) == 6
     expected = {
         "reconstruction", "perceptual", "gan", "gan_weight", "commitment", "entropy_sample", "entropy_batch", "discriminator",
-        "lecam", "logits_real", "logits_fake", "grad_norm", "grad_norm_discriminator", "loss", "psnr", "bit_usage", "dead_bits", "lr", "step",
+        "lecam", "logits_real", "logits_fake", "grad_norm", "grad_norm_discriminator", "loss", "psnr", "bit_usage", "dead_bits",
+        "lr", "step",
     }  # fmt: skip
     assert set(lines[0][-1]) == expected and lines[0][-1]["lecam"] > 0
     assert "gan" not in lines[0][0]  # it starts at step 1
 
 
 def test_the_running_mean_is_what_is_saved(tmp_path):
-    plain = train(replace(FULL, ema_decay=0.0), Source(clips), tmp_path / "plain").state_dict()
-    short = replace(CONFIG, phases=(Phase((BatchSpec(1, 32, 4),), 2),), ema_decay=0.5)
-    states = []
+    config = replace(CONFIG, phases=(Phase((BatchSpec(1, 32, 4),), 4),), ema_decay=0.25)
+    tmp_path.mkdir(exist_ok=True)
+    trainer = Trainer(config, tmp_path, Ranks(0, 1, torch.device("cpu")))
+    name, weights = "encoder.conv_in.weight", []
 
     def remember(step, spec):
+        weights.append(trainer.inner.tokenizer.state_dict()[name].clone())
         return clips(step, spec)
 
-    mean = train(short, Source(remember), tmp_path / "mean").state_dict()
-    for steps in (1, 2):  # the weights after each step: constant rate, so a shorter run is a prefix
-        states.append(steps)
-    last = train(replace(short, ema_decay=0.0), Source(clips), tmp_path / "last").state_dict()
-    first = VideoTokenizer(short.tokenizer)
-    assert any(not torch.equal(mean[name], last[name]) for name in mean)
-    assert plain.keys() == mean.keys() and first is not None
+    assert trainer.run(Source(remember), None)
+    weights.append(trainer.inner.tokenizer.state_dict()[name].clone())  # before and after each of the four steps
+    mean = weights[0]
+    for update, value in enumerate(weights[1:]):
+        decay = min(0.25, (1 + update) / (10 + update))
+        mean = decay * mean + (1 - decay) * value
+    saved = trainer.finish().state_dict()[name]
+    torch.testing.assert_close(saved, mean)
+    assert not torch.allclose(saved, weights[-1], atol=1e-5)
 
 
 def test_recomputation_changes_nothing(tmp_path):
@@ -266,37 +272,58 @@ def test_epochs_become_steps():
 
 def test_compiled_it_computes_the_same(tmp_path):
     config = replace(CONFIG, phases=(Phase((BatchSpec(1, 32, 4),), 2),), precision="float32")
-    plain = train(config, Source(clips), tmp_path / "plain").state_dict()
-    compiled = train(replace(config, compile=True), Source(clips), tmp_path / "compiled").state_dict()
-    for name, value in plain.items():
-        torch.testing.assert_close(compiled[name], value, atol=2e-4, rtol=0)
+    train(config, Source(clips), tmp_path / "plain")
+    train(replace(config, compile=True), Source(clips), tmp_path / "compiled")
+    plain, compiled = losses(tmp_path / "plain"), losses(tmp_path / "compiled")
+    assert compiled[1] == pytest.approx(plain[1], rel=5e-4) and compiled[2] == pytest.approx(plain[2], rel=1e-3)
+
+
+# AdamW's first updates make lr out of any rounding error in a gradient that is zero, so the rate is small where rounding may differ
+SLOW = replace(FULL, lr=1e-5, discriminator_lr=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_equal_one(tmp_path, strategy):
-    """The same global batches, and a run that goes on with another number of processes."""
-    train(FULL, Source(clips), tmp_path / "one")
-    launch(tmp_path / "two", strategy, processes=2)
+    """The same global batches give the same losses, gradients and checkpoints, and another number of processes goes on from them."""
+    train(SLOW, Source(clips), tmp_path / "one")
+    launch(tmp_path / "two", strategy)
     one, two = (losses(tmp_path / name) for name in ("one", "two"))
     assert one.keys() == two.keys()
     for step, values in one.items():
-        assert two[step] == pytest.approx(values, rel=2e-4), step
-    # killed after its checkpoint at step 4, gone on with by one process
-    launch(tmp_path / "cut", strategy, processes=2, stop_at=5)
-    assert (tmp_path / "cut" / "checkpoint.pt").exists() and not (tmp_path / "cut" / "config.json").exists()
-    train(FULL, Source(clips), tmp_path / "cut")
+        assert two[step] == pytest.approx(values, rel=1e-3), step
+
+    def until_five(step, spec):
+        if step == 5:
+            raise Killed
+        return clips(step, spec)
+
+    with pytest.raises(Killed):
+        train(SLOW, Source(until_five), tmp_path / "cut one")
+    launch(tmp_path / "cut", strategy, stop_at=5)
+    assert not (tmp_path / "cut" / "config.json").exists()
+    mine, theirs = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("cut", "cut one"))
+    for part in ("model", "ema", "discriminator"):
+        assert mine[part].keys() == theirs[part].keys()
+    for part in ("optimizer", "discriminator_optimizer"):
+        for number, moments in theirs[part]["state"].items():
+            assert mine[part]["state"][number]["step"] == moments["step"] == 4 - (part != "optimizer")
+            for name in ("exp_avg", "exp_avg_sq"):
+                found, wanted = mine[part]["state"][number][name], moments[name]
+                assert (found - wanted).norm() <= 1e-3 * wanted.norm() + 1e-7, (part, number, name)
+    torch.testing.assert_close(mine["lecam"]["means"], theirs["lecam"]["means"], rtol=1e-4, atol=1e-6)
+    train(SLOW, Source(clips), tmp_path / "cut")
     resumed = losses(tmp_path / "cut")
     for step in (5, 6):
-        assert resumed[step] == pytest.approx(one[step], rel=2e-4), step
+        assert resumed[step] == pytest.approx(one[step], rel=1e-3), step
 
 
-def launch(out, strategy, processes, stop_at=None):
+def launch(out, strategy, stop_at=None):
     words = [
         "-m",
         "torch.distributed.run",
         "--standalone",
         "--nproc-per-node",
-        str(processes),
+        "2",
         "-m",
         "tests.tokenizer.train_ranks",
     ]
