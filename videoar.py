@@ -49,9 +49,9 @@ def tokenizer_inflate(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def tokenizer_reconstruct(args: argparse.Namespace, _: list[str]) -> None:
-    from evaluation.reconstruction import reconstruct
+    from evaluation.reconstruct import reconstruct
 
-    print(json.dumps(reconstruct(args.tokenizer, args.videos, args.out, args.size, args.frames), indent=2))
+    print(reconstruct(args.tokenizer, args.videos, args.out, args.size, args.frames, args.device), end="")
 
 
 def encode(args: argparse.Namespace, words: list[str]) -> None:
@@ -121,6 +121,20 @@ def evaluate_shapes(args: argparse.Namespace, _: list[str]) -> None:
     from evaluation.videos import score_videos
 
     print(json.dumps(score_videos(args.videos, args.out), indent=2))
+
+
+def evaluate_reconstruction(args: argparse.Namespace, _: list[str]) -> None:
+    from evaluation.reconstruction import evaluate_reconstruction as run
+    from evaluation.reconstruction import summary
+
+    if args.variants and (args.size is not None or args.frames is not None):
+        raise UserError("--variants names whole sizes: give either it or --size and --frames.")
+    size = 64 if args.size is None else args.size
+    variants = (args.variants or f"{size}x{size}x{17 if args.frames is None else args.frames}").split(",")
+    result = run(
+        args.tokenizer, args.videos, args.out, variants, args.lpips_weights, args.i3d, args.batch_size, args.device
+    )
+    print(summary(result), end="")
 
 
 def demo(args: argparse.Namespace, words: list[str]) -> None:
@@ -219,13 +233,24 @@ def _parser() -> argparse.ArgumentParser:
         "decoder's first layer start untrained",
     )
     command = add(
-        group, "reconstruct", tokenizer_reconstruct, "encode and decode videos, and say how close they come (PSNR)"
+        group, "reconstruct", tokenizer_reconstruct,
+        "show what the tokenizer keeps: each video beside its reconstruction, and a table",
+    )  # fmt: skip
+    command.epilog = (
+        "Without --size each side becomes the nearest multiple of 16, so that every video keeps its aspect ratio; large videos\n"
+        "need much memory, and --size helps. Without --frames a video's middle is taken, as many frames as it has, 1+4n and at\n"
+        "most 65, fewer where they are so large that the clip would have more pixels than 65 frames of 384x672."
     )
     _folder(command, "--tokenizer", "a trained tokenizer")
-    _folder(command, "--videos", "a CSV with the columns path,caption")
-    _folder(command, "--out", "the folder for the reconstructed videos and reconstruction.json")
-    command.add_argument("--size", type=int, default=64, help="height and width in pixels (default: %(default)s)")
-    command.add_argument("--frames", type=int, default=17, help="frames a clip, 1+4n (default: %(default)s)")
+    _folder(command, "--videos", "a video file, a folder of videos, or a CSV with the columns path,caption")
+    _folder(command, "--out", "the folder to make: an mp4 a video (left the original), table.csv and table.md")
+    command.add_argument(
+        "--size",
+        type=int,
+        help="height and width in pixels, a multiple of 16; what does not fit is cropped (default: own)",
+    )
+    command.add_argument("--frames", type=int, help="frames of each clip, 1+4n (default: as many as the video has)")
+    command.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
 
     add(
         verbs, "encode", encode, "encode raw shards to code shards with Ray actors (--shards DIR --tokenizer DIR --out DIR)",
@@ -285,12 +310,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     _folder(command, "--videos", "a CSV with the columns path,caption")
     command.add_argument("--out", type=Path, help="a JSON file for the scores")
-    command = add(group, "reconstruction", tokenizer_reconstruct, "the same as `videoar tokenizer reconstruct`")
+    command = add(
+        group, "reconstruction", evaluate_reconstruction,
+        "score a tokenizer over many videos: PSNR, SSIM, LPIPS, rFVD, and how much of its bits it uses",
+    )  # fmt: skip
     _folder(command, "--tokenizer", "a trained tokenizer")
-    _folder(command, "--videos", "a CSV with the columns path,caption")
-    _folder(command, "--out", "the folder for the reconstructed videos and reconstruction.json")
-    command.add_argument("--size", type=int, default=64, help="height and width in pixels (default: %(default)s)")
-    command.add_argument("--frames", type=int, default=17, help="frames a clip, 1+4n (default: %(default)s)")
+    _folder(command, "--videos", "a CSV with the columns path,caption, a folder of videos, or a video file")
+    _folder(command, "--out", "the folder to make: reconstruction.json and .png, and the reconstructed videos")
+    command.add_argument("--size", type=int, help="height and width in pixels, a multiple of 16 (default: 64)")
+    command.add_argument("--frames", type=int, help="frames a clip, 1+4n, from the middle of each video (default: 17)")
+    command.add_argument(
+        "--variants",
+        help="several sizes, HEIGHTxWIDTHxFRAMES with commas, such as 32x32x17,64x64x17; scored apart and together",
+    )
+    command.add_argument(
+        "--lpips-weights", type=Path,
+        help="torchvision's AlexNet weights for LPIPS (default: where torch.hub keeps them; LPIPS is left out if they are not there)",
+    )  # fmt: skip
+    command.add_argument(
+        "--i3d", type=Path,
+        help="the torchscript file of I3D for rFVD, which is left out without it; loading it runs its code, so know its origin",
+    )  # fmt: skip
+    command.add_argument("--batch-size", type=int, default=8, help="clips at once (default: %(default)s)")
+    command.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
 
     command = add(
         verbs, "demo", demo, "everything on this machine, from video files to a report", "pretrain.demo:DemoConfig"

@@ -83,11 +83,12 @@ class Source:
 
 
 def find_sources(videos: Path) -> tuple[list[Source], list[str]]:
-    """Lists the input in its one of three layouts.
+    """Lists the input in one of its layouts.
 
     Args:
         videos: a CSV file with the columns `path` (relative to the CSV's folder, or absolute) and `caption`; or a folder
-            with exactly one such CSV; or a folder `Class/v_*.avi` (UCF-101); or any folder of videos, without captions.
+            with exactly one such CSV; or a folder `Class/v_*.avi` (UCF-101); or any folder of videos, or one video file, without
+            captions.
 
     Returns:
         the files in a fixed order, and the names of the classes ([] if there are none), in the order of `class_id`.
@@ -96,9 +97,11 @@ def find_sources(videos: Path) -> tuple[list[Source], list[str]]:
         UserError: the path is missing, holds no videos, or the CSV lacks a column.
     """
     if not videos.exists():
-        raise UserError(f"{videos} does not exist: give a folder of videos or a CSV with the columns path and caption.")
+        raise UserError(
+            f"{videos} does not exist: give a video file, a folder of videos, or a CSV with the columns path and caption."
+        )
     if videos.is_file():
-        return _from_csv(videos), []
+        return ([Source(videos, videos.name, "")] if videos.suffix.lower() in SUFFIXES else _from_csv(videos)), []
     tables = sorted(p for p in videos.glob("*.csv") if "path" in _columns(p))
     if len(tables) == 1:
         return _from_csv(tables[0]), []

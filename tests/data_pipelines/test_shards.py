@@ -76,6 +76,8 @@ def test_folder_layouts(corpus, tmp_path):
     assert len(find_sources(corpus)[0]) == 11  # the folder's one table
     sources, classes = find_sources(corpus / "videos")
     assert len(sources) == 10 and classes == [] and {s.caption for s in sources} == {""}
+    (one,), classes = find_sources(corpus / "videos" / "good1.mp4")
+    assert (one.path, one.name, one.caption, classes) == (corpus / "videos" / "good1.mp4", "good1.mp4", "", [])
     for name in ("YoYo/v_YoYo_g01_c01", "Archery/v_Archery_g01_c02", "Archery/v_Archery_g01_c01"):
         write_video(tmp_path / "ucf" / f"{name}.avi", codec="mpeg4")
     receipt = write_shards(tmp_path / "ucf", tmp_path / "out")

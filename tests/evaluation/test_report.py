@@ -16,14 +16,13 @@ from PIL import Image
 from data_pipelines import moving_shapes as ms
 from evaluation.media import data_video, enlarge, first_of_each_caption, frame_border, read_video
 from evaluation.plots import phases, roman, running_mean, series, stages
-from evaluation.reconstruction import reconstruct
+from evaluation.reconstruction import evaluate_reconstruction
 from evaluation.report import build_metrics, write_report
 from evaluation.sheet import GAP, SIDE, TEXT_WIDTH, write_sheet
 from evaluation.videos import score_videos
 from evaluation.wilson import wilson_interval
-from tokenizer import UserError, VideoTokenizer
-from tokenizer.autoencoder import AutoencoderConfig
-from tokenizer.tokenizer import TokenizerConfig
+from tests.evaluation.tiny import write_tokenizer
+from tokenizer import UserError
 from tokenizer.video_file import write_video
 
 SIZE, FRAMES, CLIPS = 64, 9, 6
@@ -51,9 +50,7 @@ def write_lines(file, records):
 def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("report") / "tiny"
     ms.write_corpus(root / "corpus", clips=1, seed=3, size=SIZE, frames=FRAMES, validation=CLIPS)
-    torch.manual_seed(0)
-    autoencoder = AutoencoderConfig(dim=8, base_width=8, multipliers=(1, 2, 2), blocks=1, patch=4)
-    VideoTokenizer(TokenizerConfig(autoencoder, num_scales=2)).save_pretrained(root / "tokenizer")
+    write_tokenizer(root / "tokenizer")
     losses = [{"step": s, "loss": 1 / (s + 1), "reconstruction": 0.5, "psnr": 10.0 + s} for s in range(8)]
     write_lines(root / "tokenizer" / "metrics.jsonl", losses)
     (root / "tokenizer" / "train.yaml").write_text(
@@ -68,7 +65,8 @@ def run(tmp_path_factory):
         {"stage": "high", "step": 7, "global_step": 12, "validation/loss": 0.6, "validation/bit_accuracy": 0.6}
     )
     write_lines(root / "pretrain" / "metrics.jsonl", records)
-    reconstruct(root / "tokenizer", root / "corpus/validation.csv", root / "reconstructions", SIZE, FRAMES)
+    variants = [f"{SIZE}x{SIZE}x{FRAMES}"]
+    evaluate_reconstruction(root / "tokenizer", root / "corpus/validation.csv", root / "reconstructions", variants)
     samples = root / "samples" / "prompts"
     samples.mkdir(parents=True)
     with open(samples / "prompts.csv", "w", newline="") as file:
