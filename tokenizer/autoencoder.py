@@ -126,7 +126,7 @@ class Encoder(nn.Module):
         features = self.conv_in(pixels.contiguous(memory_format=torch.channels_last_3d), carry)
         for level in self.down:
             features = level(features, carry)
-        return self.conv_out(F.silu(self.norm_out(self.mid(features, carry))), carry)
+        return self.conv_out.after_silu(self.norm_out(self.mid(features, carry)), carry)
 
 
 class Decoder(nn.Module):

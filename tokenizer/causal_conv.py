@@ -7,6 +7,8 @@ copies of the first frame instead would teach all slices the same, which blurs w
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,6 +59,9 @@ class CausalConv3d(nn.Conv3d):
 
         In a stream the first chunk has 1 + stride_t * n frames and later ones stride_t * n, which become n.
         """
+        if self.kernel_size == (1, 1, 1):
+            # [B, C, T, H, W] -> [B, T, H, W, C] -> [B, C', T, H, W]: a matrix product, where libraries have no good 1x1x1 kernel
+            return F.linear(input.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
         beside = 1 if self.stride[1] > 1 else 0
         before = self.kernel_size[0] - 1
         if carry is not None and before:
@@ -74,6 +79,31 @@ class CausalConv3d(nn.Conv3d):
         if beside or before:
             input = F.pad(input, (0, beside, 0, beside, before, 0))
         return super().forward(input)
+
+    def after_silu(self, input: Tensor, carry: Carry | None = None) -> Tensor:
+        """`self(silu(input))`, but that silu writes right behind the padding: a whole clip is not copied to pad it."""
+        if carry is None and input.shape[2] > 1 and self.stride == (1, 1, 1) and not torch.compiler.is_compiling():
+            return super().forward(_SiluBehindZeros.apply(input, self.kernel_size[0] - 1))
+        return self(F.silu(input), carry)
+
+
+class _SiluBehindZeros(torch.autograd.Function):
+    """silu of [B, C, T, H, W] behind `before` frames of zeros: [B, C, before + T, H, W]."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, before: int) -> Tensor:
+        ctx.save_for_backward(input)
+        ctx.before = before
+        shape = (*input.shape[:2], before + input.shape[2], *input.shape[3:])
+        padded = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=torch.channels_last_3d)
+        padded[:, :, :before].zero_()
+        torch.ops.aten.silu.out(input, out=padded[:, :, before:])
+        return padded
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (input,) = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grads[0][:, :, ctx.before :], input), None
 
 
 class FrameNorm(nn.GroupNorm):
@@ -105,9 +135,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, features: Tensor, carry: Carry | None = None) -> Tensor:
         """[B, C, T, H, W] -> [B, C', T, H, W]."""
-        hidden = self.conv1(F.silu(self.norm1(features)), carry)
-        hidden = self.conv2(F.silu(self.norm2(hidden)), carry)
-        return self.nin_shortcut(features) + hidden
+        hidden = self.conv1.after_silu(self.norm1(features), carry)
+        hidden = self.conv2.after_silu(self.norm2(hidden), carry)
+        hidden += self.nin_shortcut(features)  # in place: no backward pass needs the convolution's output
+        return hidden
 
 
 class Downsample(nn.Module):
