@@ -1,4 +1,4 @@
-"""How close a reconstruction comes to its original, pixel by pixel: PSNR and SSIM."""
+"""How close a reconstruction comes to its original, pixel by pixel: PSNR, SSIM, and how much of the fine detail is left."""
 
 from __future__ import annotations
 
@@ -68,3 +68,21 @@ def ssim(original: np.ndarray, other: np.ndarray) -> float:
         assert isinstance(part, torch.Tensor)  # a pair only where the whole map is asked for
         values += part.tolist()
     return float(np.mean(values))
+
+
+def high_frequency_energy(clip: np.ndarray, cutoff: float = 0.125) -> float:
+    """The spectral power of a clip's frames above a spatial frequency: of a reconstruction over its original's, how sharp it is.
+
+    Frames are windowed (Hann), so that their borders are no edges; the mean over frames and channels, summed over frequencies.
+
+    Args:
+        clip: uint8 [T, H, W, 3].
+        cutoff: in cycles a pixel, along any direction; 0.125 is a wave of 8 pixels.
+    """
+    frames = clip.astype(np.float64) / 255  # [T, H, W, 3]
+    frames -= frames.mean(axis=(1, 2), keepdims=True)
+    height, width = frames.shape[1:3]
+    window = np.hanning(height)[:, None] * np.hanning(width)
+    power = np.abs(np.fft.fft2(frames * window[..., None], axes=(1, 2))) ** 2 / (height * width)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
+    return float(power[:, frequency >= cutoff].sum(axis=1).mean())
