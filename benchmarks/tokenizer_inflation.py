@@ -1,10 +1,10 @@
 """Does 3-D inflation pay? An image tokenizer's weights against random ones as the beginning of a video tokenizer.
 
-    python -m benchmarks.tokenizer_inflation --out runs/tokenizer-inflation --figure docs/inflation.png --keep      2 cores, some ten minutes
+    python -m benchmarks.tokenizer_inflation --out runs/tokenizer-inflation --figure docs/inflation.png --keep
 
-A small image tokenizer is trained on single frames of the moving shapes, written in the layout of the published ones (`deflate`), read
-back and inflated; then the same training on clips runs from it and from random weights. `steps_share`: the steps after which the
-inflated run's validation loss is first below the random run's last one, over all steps.
+Some ten minutes on 2 cores. A small image tokenizer is trained on single frames of the moving shapes, written in the layout of the
+published ones (`deflate`), read back and inflated; then the same training on clips runs from it and from random weights. `steps_share`:
+the steps after which the inflated run's validation loss is first below the random run's last one, over all steps.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import pytest
 import torch
 from streaming import MDSWriter
 
-from data_pipelines.clips import ClipBatches, ClipDataset, ClipTooShort, load_clips, sample_times
+from data_pipelines.clips import ClipBatches, ClipDataset, ClipTooShort, load_clips, sample_times, split_clips
 from data_pipelines.random_access import HASH, ShardFolder
 from data_pipelines.shards import COLUMNS, ShardsConfig, write_shards
 from tests.data_pipelines.media import indices, write_video
@@ -184,3 +184,28 @@ def test_smaller_batches_are_scaled_with_antialiasing(shards):
     assert small.shape == (1, 3, 1, 32, 32) and small.abs().max() < 0.6
     with pytest.raises(UserError, match="batches of 9 frames can't be cut from clips of 5"):
         ClipBatches(stripes, seed=0)(0, BatchSpec(9, 64, 1))
+
+
+def test_the_split_is_fixed_by_its_seed():
+    train, held_out = split_clips(101, 0.1, seed=3)
+    assert len(held_out) == 11 and sorted([*train, *held_out]) == list(range(101))
+    again = split_clips(101, 0.1, seed=3)
+    assert (again[0] == train).all() and (again[1] == held_out).all()
+    assert set(split_clips(101, 0.1, seed=4)[1]) != set(held_out)
+    assert len(split_clips(101, 0.0, seed=3)[1]) == 0 and len(split_clips(2, 0.9, seed=3)[0]) == 1
+
+
+def test_batches_of_a_split_hold_its_clips_only_and_say_which(shards):
+    clips = load_clips(shards, 5, 32)
+    batches = ClipBatches(clips, seed=0, indices=np.array([1, 3, 4]))
+    assert len(batches) == 3
+    names = {name for step in range(8) for name in batches.names(step, BatchSpec(5, 32, 2))}
+    assert names == {clips.sources[index] for index in (1, 3, 4)}
+    decoded = ClipBatches(ClipDataset(shards, 5, 32), seed=0, indices=np.array([1, 3, 4]))
+    assert decoded.names(2, BatchSpec(5, 32, 2)) == batches.names(2, BatchSpec(5, 32, 2))
+    parts = [ClipBatches(clips, 0, rank, 2, indices=np.arange(4)).names(5, BatchSpec(5, 32, 4)) for rank in range(2)]
+    assert sum(parts, []) == ClipBatches(clips, 0, indices=np.arange(4)).names(5, BatchSpec(5, 32, 4))
+    whole = torch.cat(list(batches.in_order(BatchSpec(5, 32, 2), limit=3)))
+    assert whole.shape == (3, 3, 5, 32, 32) and torch.equal(
+        whole, torch.cat(list(batches.in_order(BatchSpec(5, 32, 2), limit=9)))
+    )

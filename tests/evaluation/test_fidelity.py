@@ -8,7 +8,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from evaluation.fidelity import LARGEST_PSNR, SquaredError, psnr_summary, squared_error, ssim
+from evaluation.fidelity import LARGEST_PSNR, SquaredError, high_frequency_energy, psnr_summary, squared_error, ssim
 
 
 def test_psnr_of_a_constant_error():
@@ -71,3 +71,17 @@ def test_ssim_equals_a_computation_in_numpy():
     assert ssim(original, other) == pytest.approx(
         structural_similarity_index_measure(*whole, data_range=255.0).item(), abs=1e-5
     )
+
+
+def test_high_frequency_energy_counts_waves_above_the_cutoff_only():
+    def wave(cycles: float, amplitude: float) -> np.ndarray:
+        line = 128 + amplitude * np.sin(2 * np.pi * cycles * np.arange(64))
+        return np.broadcast_to(line.round()[None, None, :, None], (2, 64, 64, 3)).astype(np.uint8)
+
+    fast, slow = wave(0.25, 100), wave(0.03125, 100)
+    # the power of the windowed wave, by Parseval: amplitude^2 / 2 times the sum of the squared window
+    window = np.hanning(64)[:, None] * np.hanning(64)
+    assert high_frequency_energy(fast) == pytest.approx((100 / 255) ** 2 / 2 * (window**2).sum(), rel=0.02)
+    assert high_frequency_energy(slow) < 1e-3 * high_frequency_energy(fast)
+    assert high_frequency_energy(wave(0.25, 50)) == pytest.approx(high_frequency_energy(fast) / 4, rel=0.05)
+    assert high_frequency_energy(fast, cutoff=0.3) < 1e-3 * high_frequency_energy(fast)
