@@ -1,9 +1,9 @@
 """The full-size tokenizer (width 128, multipliers 1, 2, 4, 4, 4, d = 48): time over its convolutions' own, rates, memory, streaming.
 
-    python -m benchmarks.tokenizer --keep                      on one core; some ten minutes
+    python -m benchmarks.tokenizer --threads 2 --keep          some twenty minutes
     python -m benchmarks.tokenizer --device cuda --keep        on a GPU, in bfloat16
 
-forward_over_conv_floor   time of the encoder's forward / (FLOPs of its convolutions / rate of one large conv3d), both the best of their
+forward_over_conv_floor   on one core (or a GPU): time of the encoder's forward / (FLOPs of its convolutions / rate of one large conv3d), both the best of their
                           repetitions in this process; FLOPs as torch.utils.flop_counter counts them
 stream_memory_ratio       peak memory of encoding and decoding 129 frames as a stream over that of 17 frames at once, both above what the
                           loaded tokenizer takes, each in a process of its own
@@ -34,13 +34,13 @@ def main() -> None:
     """Runs all measurements, or the one that `--only` names (in a process of its own)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of the rates and of the stream (default: %(default)s)")
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256])
     parser.add_argument("--keep", action="store_true", help="write the result to benchmarks/results/")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads if args.only else 1)
     if args.only:
         kind, frames, size = args.only.split(",")
         print(json.dumps(memory_and_rate(kind, int(frames), int(size), args.device)))
