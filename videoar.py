@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from tokenizer import settings
+from tokenizer.device import check_device
 from tokenizer.errors import UserError
 
 Handler = Callable[[argparse.Namespace, list[str]], None]
@@ -374,6 +375,7 @@ def main(words: list[str] | None = None) -> int:
     if rest and not args.settings_class:
         parser.error(f"unknown words: {' '.join(rest)}; see videoar {args.verb} --help")
     try:
+        check_device(getattr(args, "device", "cpu"))
         args.handler(args, rest)
     except UserError as error:
         print(f"videoar {args.verb}: {error}", file=sys.stderr)

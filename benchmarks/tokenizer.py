@@ -3,8 +3,8 @@
     python -m benchmarks.tokenizer --threads 2 --keep          some twenty minutes
     python -m benchmarks.tokenizer --device cuda --keep        on a GPU, in bfloat16
 
-forward_over_conv_floor   on one core (or a GPU): time of the encoder's forward / (FLOPs of its convolutions / rate of one large conv3d), both the best of their
-                          repetitions in this process; FLOPs as torch.utils.flop_counter counts them
+forward_over_conv_floor   on one core (or a GPU): time of the encoder's forward / (FLOPs of its convolutions / rate of one large conv3d),
+                          both the best of their repetitions in this process; FLOPs as torch.utils.flop_counter counts them
 stream_memory_ratio       peak memory of encoding and decoding 129 frames as a stream over that of 17 frames at once, both above what the
                           loaded tokenizer takes, each in a process of its own
 """
@@ -145,7 +145,7 @@ def memory_and_rate(kind: str, frames: int, size: int, device: str) -> dict[str,
             del pixels
 
     if kind == "stream":
-        before, started = _peak(device), time.perf_counter()
+        before, started = _now(device), time.perf_counter()
         stream()
     else:
         video = clip(frames, size, device, dtype)
@@ -155,7 +155,7 @@ def memory_and_rate(kind: str, frames: int, size: int, device: str) -> dict[str,
         if device != "cpu":
             tokenizer.decode(tokenizer.encode(video))  # chooses kernels
             _wait(device)
-        before, started = _peak(device), time.perf_counter()
+        before, started = _now(device), time.perf_counter()
         code = tokenizer.encode(video) if kind in ("encode", "both") else None
         if kind == "decode":
             tokenizer.decode_latent(latent)
@@ -166,13 +166,20 @@ def memory_and_rate(kind: str, frames: int, size: int, device: str) -> dict[str,
     return {"seconds": seconds, "peak_gb": peak, "above_gb": peak - before}
 
 
+def _now(device: str) -> float:
+    """Memory in use in 10^9 bytes; peaks count from here on (on a CPU from the start of the process, whose first call this is)."""
+    if device == "cpu":
+        return _peak(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated() / 1e9
+
+
 def _peak(device: str) -> float:
     """Peak memory so far in 10^9 bytes."""
     if device == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    peak = torch.cuda.max_memory_allocated() / 1e9
-    torch.cuda.reset_peak_memory_stats()
-    return peak
+    return torch.cuda.max_memory_allocated() / 1e9
 
 
 def _wait(device: str) -> None:

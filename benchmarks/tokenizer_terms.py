@@ -21,9 +21,10 @@ import torch
 
 from benchmarks.report import hardware, report
 from benchmarks.shapes_data import shapes
-from data_pipelines.clips import ClipBatches, Clips, to_batch
-from evaluation.bit_usage import DEAD_BELOW
+from data_pipelines.clips import ClipBatches, Clips
+from evaluation.bit_usage import BitUsage
 from evaluation.fidelity import high_frequency_energy, squared_error, ssim
+from evaluation.round_trip import round_trip
 from tokenizer import VideoTokenizer, settings
 from tokenizer.train import train
 from tokenizer.train_config import TokenizerTrainConfig
@@ -53,27 +54,22 @@ def main() -> None:
     report("tokenizer_terms", hardware("cpu", torch.get_num_threads()), results, args.keep)
 
 
-@torch.inference_mode()
 def measure(tokenizer: VideoTokenizer, clips: Clips) -> dict[str, float]:
     """Means over clips; dead bits over all of their tokens."""
-    psnr, similarity, power, original_power, ones = [], [], 0.0, 0.0, []
+    psnr, similarity, power, original_power, usage = [], [], 0.0, 0.0, []
     for start in range(0, len(clips.frames), BATCH):
         originals = clips.frames[start : start + BATCH]
-        codes = tokenizer.encode(to_batch(originals, originals.shape[2]))
-        pixels = (
-            ((tokenizer.decode(codes) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).numpy()
-        )
-        ones.append(np.stack([bits.float().mean((0, 1, 2, 3)).numpy() for bits in codes.bits]))  # [K, d]
-        for one, other in zip(originals, pixels):
+        codes, others = round_trip(tokenizer, originals)
+        usage.append(BitUsage.of(codes))
+        for one, other in zip(originals, others):
             psnr.append(squared_error(one, other).psnr)
             similarity.append(ssim(one, other))
             power, original_power = power + high_frequency_energy(other), original_power + high_frequency_energy(one)
-    share = np.mean(ones, axis=0)
     return {
         "psnr": float(np.mean(psnr)),
         "ssim": float(np.mean(similarity)),
         "sharpness": power / original_power,
-        "dead_bits": float((np.minimum(share, 1 - share) < DEAD_BELOW).mean()),
+        "dead_bits": float(sum(usage[1:], usage[0]).dead.mean()),
     }
 
 

@@ -168,7 +168,12 @@ class ClipDataset(torch.utils.data.Dataset):
         }
 
     def read(
-        self, index: int, key: Sequence[int], shape: BatchSpec, width: int | None = None
+        self,
+        index: int,
+        key: Sequence[int],
+        shape: BatchSpec,
+        width: int | None = None,
+        among: np.ndarray | None = None,
     ) -> tuple[np.ndarray, dict[str, Any], int]:
         """Record `index`, or the first after it that can be decoded.
 
@@ -177,13 +182,16 @@ class ClipDataset(torch.utils.data.Dataset):
             key: of the random start.
             shape: frames and height of the clip.
             width: the height if None.
+            among: ascending indices of the records that may take its place, itself among them; None: all.
 
         Returns:
             uint8 [T, H, W, 3], the record, and how many records were passed over.
         """
         reason = ""
-        for replaced in range(len(self)):
-            record = self.shards[(index + replaced) % len(self)]
+        others = np.arange(len(self)) if among is None else among
+        place = int(np.searchsorted(others, index))
+        for replaced in range(len(others)):
+            record = self.shards[int(others[(place + replaced) % len(others)])]
             generator = np.random.default_rng([*key, replaced])
             try:
                 frames = read_clip(
@@ -271,7 +279,9 @@ def load_clips(
 
 
 def open_clips(shards: str | Path, num_frames: int, size: int, limit: float = 4e9) -> Clips | ClipDataset:
-    """The clips for a training: decoded once into memory where they fit, else decoded as they are asked for.
+    """The clips for a training: decoded once into memory where that loses nothing, else decoded as they are asked for.
+
+    In memory are the middle `num_frames` of each video; where a video has more, other windows of it are worth training on, too.
 
     Args:
         shards: a folder of raw shards.
@@ -282,7 +292,9 @@ def open_clips(shards: str | Path, num_frames: int, size: int, limit: float = 4e
         UserError: as in `ClipDataset`.
     """
     check_clip_shape(num_frames, size, size)
-    if len(ShardFolder(shards)) * num_frames * size * size * 3 > limit:
+    folder = ShardFolder(shards)
+    too_large = len(folder) * num_frames * size * size * 3 > limit
+    if too_large or any(folder[row]["frames"] > num_frames for row in range(len(folder))):
         return ClipDataset(shards, num_frames, size)
     clips = load_clips(shards, num_frames, size)
     for source, reason in clips.dropped:
@@ -362,7 +374,9 @@ class ClipBatches:
     def _read(self, chosen: np.ndarray, keys: Sequence[Sequence[int]], spec: BatchSpec) -> np.ndarray:
         """The chosen clips from random starts, uint8 [B, T, H, W, 3]; those in memory keep their own size."""
         if isinstance(dataset := self.source, ClipDataset):
-            read = list(self._pool.map(lambda index, key: dataset.read(int(index), key, spec), chosen, keys))
+            read = list(
+                self._pool.map(lambda index, key: dataset.read(int(index), key, spec, None, self.indices), chosen, keys)
+            )
             self.replaced += sum(replaced for _, _, replaced in read)
             return np.stack([frames for frames, _, _ in read])
         clips = self.source.frames if isinstance(self.source, Clips) else self.source

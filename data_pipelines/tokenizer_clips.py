@@ -31,6 +31,10 @@ def training_clips(
     Raises:
         UserError: no clips, or validations are wanted and there is nothing to validate on.
     """
+    if not config.validate_every and (validation is not None or config.validation_share):
+        raise UserError(
+            "there are clips to validate on and validate_every is 0: set it to a number of steps, or take them out."
+        )
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     spec = config.largest
     source = open_clips(shards, spec.num_frames, spec.size)

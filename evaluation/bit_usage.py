@@ -9,8 +9,7 @@ import numpy as np
 from scipy.special import entr
 
 from tokenizer.codes import Codes
-
-DEAD_BELOW = 0.01  # a bit that is one (or zero) more rarely carries less than a twelfth of a bit
+from tokenizer.quantizer import are_dead
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,3 @@ class BitUsage:
             "dead": self.dead.sum(axis=1).tolist(),
             "dead_bits": int(self.dead.sum()),
         }
-
-
-def are_dead(share: np.ndarray) -> np.ndarray:
-    """Bits that are one in less than 1% or more than 99% of the tokens."""
-    return (share < DEAD_BELOW) | (share > 1 - DEAD_BELOW)

@@ -130,9 +130,7 @@ class Trainer:
         step = position.step
         offset = position.global_step - step  # of the stages before
         label = f"pretrain {stage.config.name} ({stage.index + 1}/{len(self.plan.stages)})"
-        with Meter(label, steps) if self.info.rank == 0 else nullcontext() as meter:
-            if meter is not None:
-                meter.advance(step)
+        with Meter(label, steps, done=step) if self.info.rank == 0 else nullcontext() as meter:
             while step < steps:
                 started = time.monotonic()
                 values = self._step(stage, next(stream), step, offset + step)

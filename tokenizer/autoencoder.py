@@ -50,8 +50,12 @@ class AutoencoderConfig:
             raise UserError(
                 f"temporal_kernel {self.temporal_kernel} is below the temporal stride 2: choose 3, for example."
             )
-        if self.base_width % min(32, self.base_width):
-            raise UserError(f"base_width {self.base_width} does not divide into 32 groups: choose a multiple of 32.")
+        for width in self.widths:
+            if width < 1 or width % min(32, width):
+                raise UserError(
+                    f"a level of width {width} (base_width {self.base_width} times a multiplier) does not divide into 32 groups: choose "
+                    "base_width as a multiple of 32."
+                )
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -61,6 +65,12 @@ class AutoencoderConfig:
     def halves_time(self, level: int) -> bool:
         """Does the step between `level` and `level + 1` halve time?"""
         return level >= len(self.multipliers) - 3
+
+
+def _through(block: nn.Module, features: Tensor, carry: Carry | None, recompute: bool) -> Tensor:
+    if recompute and carry is None and torch.is_grad_enabled():
+        return checkpoint(block, features, use_reentrant=False)  # type: ignore[return-value]
+    return block(features, carry)
 
 
 class _Level(nn.Module):
@@ -75,10 +85,7 @@ class _Level(nn.Module):
 
     def forward(self, features: Tensor, carry: Carry | None = None) -> Tensor:
         for block in self.block:
-            if self.recompute and torch.is_grad_enabled():
-                features = checkpoint(block, features, use_reentrant=False)
-            else:
-                features = block(features, carry)
+            features = _through(block, features, carry, self.recompute)
         for resample in (self.downsample, self.upsample):
             if resample is not None:
                 features = resample(features, carry)
@@ -87,6 +94,7 @@ class _Level(nn.Module):
 
 class _Middle(nn.Module):
     is_shard_unit = True
+    recompute = False
 
     def __init__(self, width: int, temporal_kernel: int):
         super().__init__()
@@ -94,7 +102,9 @@ class _Middle(nn.Module):
         self.block_2 = ResidualBlock(width, width, temporal_kernel)
 
     def forward(self, features: Tensor, carry: Carry | None = None) -> Tensor:
-        return self.block_2(self.block_1(features, carry), carry)
+        for block in (self.block_1, self.block_2):
+            features = _through(block, features, carry, self.recompute)
+        return features
 
 
 class Encoder(nn.Module):
@@ -171,5 +181,5 @@ class Decoder(nn.Module):
 def recompute_blocks(module: nn.Module, on: bool) -> None:
     """Whether the residual blocks inside a module are computed again in the backward pass instead of being kept."""
     for child in module.modules():
-        if isinstance(child, _Level):
+        if isinstance(child, _Level | _Middle):
             child.recompute = on

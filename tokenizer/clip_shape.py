@@ -51,7 +51,7 @@ def check_video(video: Tensor) -> None:
     if video.is_meta:
         return
     low, high = (value.item() for value in video.detach().aminmax())
-    if low < -1 - RANGE_SLACK or high > 1 + RANGE_SLACK:
+    if not (low >= -1 - RANGE_SLACK and high <= 1 + RANGE_SLACK):  # NaN is no pixel either
         raise UserError(
             f"a video with values from {low:.3g} to {high:.3g} was given: scale pixels to [-1, 1] by value / 127.5 - 1."
         )

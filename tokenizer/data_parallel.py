@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tokenizer.device import check_device
 from tokenizer.errors import UserError
 
 Strategy = Literal["ddp", "fsdp2"]
@@ -51,6 +53,7 @@ def joined(device: str) -> Iterator[Ranks]:
     Args:
         device: "cpu" or "cuda", of which a process takes the one with its local number.
     """
+    check_device(device)
     size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     mine = torch.device(device, local) if device == "cuda" else torch.device(device)
     if mine.type == "cuda":
@@ -112,13 +115,36 @@ def full(value: Tensor) -> Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value  # type: ignore[operator]
 
 
-def full_state(state: Any) -> Any:
-    """A copy of a state dictionary with whole tensors on the CPU; every rank must call it."""
+def gather(texts: list[str]) -> list[str]:
+    """The texts of all ranks; every rank must call it."""
+    if not dist.is_initialized():
+        return texts
+    lists: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(lists, texts)
+    return list(itertools.chain.from_iterable(lists))
+
+
+def reshard(module: nn.Module) -> None:
+    """After a forward pass without a backward one FSDP2's root still holds its whole weights; this gives them back."""
+    if hasattr(module, "reshard"):
+        module.reshard()  # type: ignore[operator]
+
+
+def full_state(state: Any, keep: bool = True) -> Any:
+    """A copy of a state dictionary with whole tensors on the CPU; every rank must call it.
+
+    Args:
+        state: nested dictionaries and lists.
+        keep: False on ranks that only help to gather: their result is of no use.
+    """
     if isinstance(state, dict):
-        return {key: full_state(value) for key, value in state.items()}
+        return {key: full_state(value, keep) for key, value in state.items()}
     if isinstance(state, list):
-        return [full_state(value) for value in state]
+        return [full_state(value, keep) for value in state]
     if isinstance(state, Tensor):
+        if not keep:
+            full(state.detach())
+            return None
         # contiguous memory fits any strategy
         return torch.empty(state.shape, dtype=state.dtype).copy_(full(state.detach()))
     return state
@@ -135,14 +161,21 @@ def load_state(module: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads a whole optimizer state, as `full_state` gave it, into one whose parameters may be sharded."""
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], peak: float) -> None:
+    """Loads a whole optimizer state, as `full_state` gave it, into one whose parameters may be sharded.
+
+    Args:
+        optimizer, state: both of the same parameters.
+        peak: the groups' "peak" learning rate from now on.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, moments in state["state"].items():
         for name, value in moments.items():
             if name != "step":
                 moments[name] = like(value, parameters[number])
     optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        group["peak"] = peak
 
 
 def like(value: Tensor, target: Tensor) -> Tensor:

@@ -27,6 +27,22 @@ class DiscriminatorConfig:
             raise UserError(
                 f"a discriminator of {self.levels} levels and base width {self.base_width} is none: choose at least 1."
             )
+        for width in self.widths[1:]:
+            if width % min(32, width):
+                raise UserError(
+                    f"a discriminator of base_width {self.base_width} has a level of {width} channels, which do not divide "
+                    "into 32 groups: choose a multiple of 16."
+                )
+
+    @property
+    def widths(self) -> list[int]:
+        """Width of each level, the first convolution's included."""
+        return [self.base_width * min(2**level, 8) for level in range(self.levels + 1)]
+
+    @property
+    def least_size(self) -> int:
+        """The smallest frames that leave a patch to judge."""
+        return 3 * 2**self.levels
 
 
 class _Conv(nn.Conv3d):
@@ -51,7 +67,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, config: DiscriminatorConfig):
         super().__init__()
-        widths = [config.base_width * min(2**level, 8) for level in range(config.levels + 1)]
+        widths = config.widths
         layers: list[nn.Module] = [_Conv(3, widths[0], (1, 2)), nn.LeakyReLU(0.2)]
         for level in range(1, config.levels + 1):
             stride = (2, 2) if level < config.levels else (1, 1)

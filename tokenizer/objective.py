@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenizer.data_parallel import Ranks, unwrap, wrap
+from tokenizer.data_parallel import Ranks, gather, unwrap, wrap
 from tokenizer.discriminator import Discriminator, DiscriminatorConfig
 from tokenizer.errors import UserError
 from tokenizer.losses import LeCam, LossConfig, adaptive_weight, hinge_loss, reconstruction_loss
@@ -27,13 +27,13 @@ class Reconstruction:
 
     Args:
         video: float32 [B, 3, T, H, W], not clamped.
-        features: what went into the decoder's last layer.
+        features: what went into the decoder's last layer, where it was asked for.
         losses: the quantiser's, unweighted.
         usage: [K, d], the share of ones of each bit on each scale.
     """
 
     video: Tensor
-    features: Tensor
+    features: Tensor | None
     losses: dict[str, Tensor]
     usage: Tensor
 
@@ -51,12 +51,13 @@ class Generator(nn.Module):
         self.tokenizer = tokenizer
         self.precision: Precision = precision
 
-    def forward(self, video: Tensor, bypass: Tensor | None = None) -> dict[str, Any]:
+    def forward(self, video: Tensor, bypass: Tensor | None = None, with_features: bool = False) -> dict[str, Any]:
         """The fields of a `Reconstruction`.
 
         Args:
             video: [B, 3, T, H, W] in [-1, 1].
             bypass: bool [B], the clips that are decoded from their continuous latents.
+            with_features: also what the adaptive GAN weight needs.
         """
         tokenizer = self.tokenizer
         schedule = tokenizer.schedule_for(*video.shape[-2:])
@@ -71,7 +72,7 @@ class Generator(nn.Module):
             reconstruction, features = tokenizer.decoder(code, with_features=True)
         return {
             "video": reconstruction.float(),
-            "features": features,
+            "features": features if with_features else None,
             "losses": quantizer.losses,
             "usage": quantizer.usage,
         }
@@ -97,6 +98,12 @@ class Objective:
     def __init__(self, config: LossConfig, sizes: DiscriminatorConfig, ranks: Ranks):
         self.config = config
         self.perceptual, self.perceptual_weight = _perceptual(config, ranks)
+        kind = None if self.perceptual is None else "untrained" if self.perceptual.untrained else "LPIPS"
+        self.perceptual_term = f"{kind} with weight {self.perceptual_weight}"
+        if len(everywhere := set(gather([self.perceptual_term]))) > 1:
+            raise UserError(
+                f"processes differ in their perceptual term ({', '.join(sorted(everywhere))}): put the backbone's weights on all machines."
+            )
         self.discriminator: nn.Module | None = None
         if config.gan:
             # small, and judging without training it would confuse sharded parameters: DDP with every strategy
@@ -132,7 +139,7 @@ class Objective:
             judge.requires_grad_(True)
             terms["gan"] = -logits.float().mean()
             weight = loss.new_tensor(config.gan)
-            if config.gan_adaptive:
+            if config.gan_adaptive and result.features is not None:
                 decoder = generator.tokenizer.decoder
                 weight = weight * adaptive_weight(
                     result.video, result.features, decoder.conv_out, decoder.to_pixels, loss, terms["gan"]

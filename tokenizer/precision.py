@@ -19,6 +19,6 @@ def uses_bfloat16(precision: Precision, device_type: str) -> bool:
     if precision != "auto":
         return precision == "bfloat16"
     if device_type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     # a processor without them emulates bfloat16, slower than float32
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -19,11 +19,12 @@ class Meter:
         label: what is being done.
         total: the number of items (None: unknown).
         every: seconds between two plain lines where there is no terminal.
+        done: items that an earlier start has finished.
     """
 
-    def __init__(self, label: str, total: int | None = None, every: float = 10.0):
+    def __init__(self, label: str, total: int | None = None, every: float = 10.0, done: int = 0):
         self.label, self.total, self.every = label, total, every
-        self.done, self.note = 0, ""
+        self.done, self.before, self.note = done, done, ""
         self.started = self.last_print = time.monotonic()
         self._bar: Progress | None = None
         if sys.stderr.isatty():
@@ -36,7 +37,7 @@ class Meter:
                 TextColumn("{task.fields[note]}"),
                 transient=False,
             )
-            self._task = self._bar.add_task(label, total=total, note="")
+            self._task = self._bar.add_task(label, total=total, completed=done, note="")
 
     def __enter__(self) -> Meter:
         if self._bar:
@@ -61,7 +62,7 @@ class Meter:
     def _print(self) -> None:
         self.last_print = time.monotonic()
         elapsed = self.last_print - self.started
-        rate = self.done / max(elapsed, 1e-9)
+        rate = (self.done - self.before) / max(elapsed, 1e-9)
         left = f", {(self.total - self.done) / rate:.0f} s left" if self.total and rate > 0 else ""
         of = f"/{self.total}" if self.total else ""
         print(

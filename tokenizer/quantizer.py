@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -127,6 +128,15 @@ class MultiScaleQuantizer(nn.Module):
 
             mean = all_reduce(mean) / dist.get_world_size()
         return _bernoulli_entropy(probability).sum(dim=1).mean(), _bernoulli_entropy(mean).sum()
+
+
+DEAD_BELOW = 0.01
+"""A bit that is one (or zero) more rarely carries less than a twelfth of a bit."""
+
+
+def are_dead(share: Any) -> Any:
+    """Bits that are one in less than 1% or more than 99% of the tokens: shares of ones (tensor or array) -> booleans."""
+    return (share < DEAD_BELOW) | (share > 1 - DEAD_BELOW)
 
 
 def accumulate(codes: Codes) -> Tensor:

@@ -48,6 +48,8 @@ def encode_stream(
     Raises:
         UserError: the frames together are not 1+4n (what is complete has been yielded by then), or change their size.
     """
+    if latents_at_once < 1:
+        raise UserError(f"a stream of {latents_at_once} latent frames at once never ends: give at least 1.")
     carries: Carries = {}
     waiting: Tensor | None = None
     seen = 0

@@ -139,6 +139,8 @@ class VideoTokenizer(nn.Module):
         """Codes -> video [B, 3, 1+4n, 16H, 16W] in [-1, 1]; `latents_at_once` as in `encode`."""
         if latents_at_once is None:
             return self.decode_latent(self.dequantize(codes))
+        if latents_at_once < 1:
+            raise UserError(f"{latents_at_once} latent frames at once decode nothing: give at least 1.")
         parts = (
             codes.frames(start, min(start + latents_at_once, codes.num_frames))
             for start in range(0, codes.num_frames, latents_at_once)

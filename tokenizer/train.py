@@ -6,7 +6,6 @@ python -m torch.distributed.run --nproc-per-node 8 -m videoar tokenizer train --
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import pickle
@@ -25,28 +24,38 @@ from tokenizer.data_parallel import (
     Ranks,
     full,
     full_state,
+    gather,
     joined,
     load_optimizer,
     load_state,
     mean_over_ranks,
+    reshard,
     unwrap,
     wrap,
 )
 from tokenizer.ema import Ema
 from tokenizer.errors import UserError
+from tokenizer.files import sync
 from tokenizer.metrics_log import MetricsLog
 from tokenizer.objective import Generator, Objective, Reconstruction
 from tokenizer.progress import Meter
+from tokenizer.quantizer import are_dead
 from tokenizer.stop import stop_on_sigterm
 from tokenizer.tokenizer import VideoTokenizer
 from tokenizer.train_config import BatchSpec, TokenizerTrainConfig
-from tokenizer.validation import DEAD, ValidationSource, validate, write_picture
+from tokenizer.validation import ValidationSource, validate, write_picture
 
 CHECKPOINT = "checkpoint.pt"
 
 
 class ClipSource(Protocol):
-    """Gives the batch of a step; a pure function of the step, so that a resumed run sees the same clips."""
+    """Gives the batch of a step; a pure function of the step, so that a resumed run sees the same clips.
+
+    Attributes:
+        replaced: clips so far, of this process and start, that could not be decoded and had another in their place.
+    """
+
+    replaced: int
 
     def __call__(self, step: int, spec: BatchSpec) -> Tensor:
         """This process's share of the batch, float32 [B, 3, T, H, W] in [-1, 1]."""
@@ -104,7 +113,11 @@ class Trainer:
     def __init__(self, config: TokenizerTrainConfig, out: Path, ranks: Ranks):
         self.config, self.out, self.ranks = config, out, ranks
         torch.manual_seed(config.seed)
-        tokenizer = _initial(config).to(ranks.device).train()
+        going_on = (out / CHECKPOINT).exists()
+        tokenizer = VideoTokenizer(config.tokenizer) if going_on else _start(config)
+        if config.loss.entropy_beta is not None:
+            tokenizer.quantizer.entropy_beta = config.loss.entropy_beta
+        tokenizer = tokenizer.to(ranks.device).train()
         recompute_blocks(tokenizer, config.recompute)
         if config.compile:
             tokenizer.encoder.compile()
@@ -112,13 +125,10 @@ class Trainer:
         self.objective = Objective(config.loss, config.discriminator, ranks)
         self.generator = wrap(Generator(tokenizer, config.precision), ranks, config.strategy)
         self.optimizer = _adamw(self.generator, config.lr, config)
+        self.judge_lr = config.lr if config.discriminator_lr is None else config.discriminator_lr
         self.judge_optimizer = None
         if self.objective.discriminator is not None:
-            self.judge_optimizer = _adamw(
-                self.objective.discriminator,
-                config.lr if config.discriminator_lr is None else config.discriminator_lr,
-                config,
-            )
+            self.judge_optimizer = _adamw(self.objective.discriminator, self.judge_lr, config)
         self.ema = Ema(self.inner, config.ema_decay) if config.ema_decay else None
         self.step = self._restore()
         self.log: MetricsLog | None = None
@@ -136,27 +146,26 @@ class Trainer:
         if main:
             self.log = MetricsLog(self.out, self.step, config.wandb, settings.to_dict(config), key="step")
         try:
-            with stop_on_sigterm() as stop, Meter("tokenizer", config.steps) if main else nullcontext() as meter:
-                if meter is not None:
-                    meter.advance(self.step)
+            bar = Meter("tokenizer", config.steps, done=self.step) if main else nullcontext()
+            with stop_on_sigterm() as stop, bar as meter:
                 while self.step < config.steps:
                     report = self._step(clips)
                     self.step += 1
                     ends, stopping = self.step == config.steps, stop.agreed()
                     if self.log is not None and (ends or stopping or self.step % config.log_every == 0):
-                        self.log.write({"step": self.step, **report})
-                    if (
-                        validation is not None
-                        and config.validate_every
-                        and (ends or self.step % config.validate_every == 0)
-                    ):
-                        self._validate(validation)
+                        self.log.write({"step": self.step, **report, "replaced": clips.replaced})
                     if not ends and (stopping or self.step % config.checkpoint_every == 0):
                         self._save()
                     if meter is not None:
                         meter.advance(1, f"loss {report['loss']:.4f} psnr {report['psnr']:.2f} dB")
                     if stopping and not ends:
                         return False
+                    if (
+                        validation is not None
+                        and config.validate_every
+                        and (ends or self.step % config.validate_every == 0)
+                    ):
+                        self._validate(validation)
         finally:
             if self.log is not None:
                 self.log.close()
@@ -170,6 +179,7 @@ class Trainer:
         tokenizer.load_state_dict(weights)
         if self.ranks.rank == 0:
             tokenizer.eval().save_pretrained(self.out)
+            sync(self.out)
             (self.out / CHECKPOINT).unlink(missing_ok=True)
         _wait()
         return tokenizer.to(self.ranks.device).eval()
@@ -179,12 +189,14 @@ class Trainer:
         config, step, spec = self.config, self.step, self.config.batch_spec(self.step)
         rate = _rate(config, step)
         video = clips(step, spec).to(self.ranks.device)
-        result = Reconstruction(**self.generator(video, self._bypass(video)))
+        uses_gan = self.objective.uses_gan(step)
+        features = uses_gan and config.loss.gan_adaptive
+        result = Reconstruction(**self.generator(video, self._bypass(video), features))
         loss, terms = self.objective.generator_loss(result, video, step, self.inner)
+        result = replace(result, features=None)  # large, and done with
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         terms["grad_norm"] = _clip(self.generator, config.grad_clip)
-        uses_gan = self.objective.uses_gan(step)
         if uses_gan:
             assert self.objective.discriminator is not None and self.judge_optimizer is not None
             judge_loss, judge_terms = self.objective.discriminator_loss(result, video, self.inner)
@@ -196,7 +208,7 @@ class Trainer:
             "loss": loss,
             "mean_squared_error": error,
             "bit_usage": result.usage.mean(),
-            "dead_bits": ((result.usage - 0.5).abs() > 0.5 - DEAD).float().mean(),
+            "dead_bits": are_dead(mean_over_ranks(result.usage)).float().mean(),
         }
         names = sorted(terms)
         values = mean_over_ranks(torch.stack([terms[name].detach().float() for name in names])).tolist()
@@ -224,16 +236,16 @@ class Trainer:
         """Raises before the update, on all ranks alike, and says at which clips it happened."""
         fine = (video + result.video).isfinite().flatten(1).all(dim=1).tolist()
         mine = [name for name, good in zip(names, fine) if not good]
-        bad = _gather(mine)
+        bad = gather(mine)
         terms = ", ".join(f"{name} {value}" for name, value in report.items() if not math.isfinite(value))
         where = (
             f"clips {', '.join(bad[:8])}"
             if bad
-            else f"none of the clips by itself; the batch is {', '.join(_gather(names)[:8])}"
+            else f"none of the clips by itself; the batch is {', '.join(gather(names)[:8])}"
         )
         raise UserError(
-            f"the tokenizer's training is not finite at step {self.step} ({terms}; {where}): take these clips out, or lower lr "
-            f"({self.config.lr}), and go on from the last checkpoint."
+            f"the tokenizer's training is not finite at step {self.step} ({terms}; {where}): go on from the last checkpoint with a lower "
+            f"lr than {self.config.lr}, or take these clips out and begin a new run with start_from."
         )
 
     def _validate(self, batches: ValidationSource) -> None:
@@ -241,6 +253,7 @@ class Trainer:
             self.generator.eval()
             report, picture = validate(self.generator, batches, self.config.loss, self.objective.perceptual, self.ranks)
             self.generator.train()
+            reshard(self.generator)
         if self.log is not None:
             file = self.out / "validation" / f"step_{self.step:07d}.png"
             write_picture(picture, file)
@@ -248,21 +261,25 @@ class Trainer:
             self.log.picture("validation", file, self.step)
 
     def _save(self) -> None:
+        keep = self.ranks.rank == 0
         state: dict[str, Any] = {
             "step": self.step,
-            "model": full_state(self.inner.tokenizer.state_dict()),
-            "optimizer": full_state(self.optimizer.state_dict()),
+            "model": full_state(self.inner.tokenizer.state_dict(), keep),
+            "optimizer": full_state(self.optimizer.state_dict(), keep),
             "lecam": self.objective.lecam.state_dict(),
+            "perceptual": self.objective.perceptual_term,
         }
         if self.ema:
-            state["ema"] = full_state(self.ema.state_dict())
+            state["ema"] = full_state(self.ema.state_dict(), keep)
         if self.objective.discriminator is not None and self.judge_optimizer is not None:
-            state["discriminator"] = full_state(unwrap(self.objective.discriminator).state_dict())
-            state["discriminator_optimizer"] = full_state(self.judge_optimizer.state_dict())
+            state["discriminator"] = full_state(unwrap(self.objective.discriminator).state_dict(), keep)
+            state["discriminator_optimizer"] = full_state(self.judge_optimizer.state_dict(), keep)
         if self.ranks.rank == 0:
             temporary = self.out / f".checkpoint.{os.getpid()}.pt"
             torch.save(state, temporary)
+            sync(temporary)
             os.replace(temporary, self.out / CHECKPOINT)
+            sync(self.out)
         _wait()
 
     def _restore(self) -> int:
@@ -272,14 +289,19 @@ class Trainer:
             return 0
         try:
             state = torch.load(file, weights_only=True, map_location="cpu")
+            if state["perceptual"] != self.objective.perceptual_term:
+                raise UserError(
+                    f"{self.out} was trained with the perceptual term {state['perceptual']}, this machine gives "
+                    f"{self.objective.perceptual_term}: bring the backbone's weights back to where they were."
+                )
             load_state(self.inner.tokenizer, state["model"])
-            load_optimizer(self.optimizer, state["optimizer"])
+            load_optimizer(self.optimizer, state["optimizer"], self.config.lr)
             self.objective.lecam.load_state_dict(state["lecam"])
             if self.ema:
                 self.ema.load(state["ema"])
             if self.objective.discriminator is not None and self.judge_optimizer is not None:
                 load_state(unwrap(self.objective.discriminator), state["discriminator"])
-                load_optimizer(self.judge_optimizer, state["discriminator_optimizer"])
+                load_optimizer(self.judge_optimizer, state["discriminator_optimizer"], self.judge_lr)
         except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
             raise UserError(
                 f"the checkpoint {file} can't be read ({' '.join(str(error).split())[:150]}): delete it to start again."
@@ -287,7 +309,7 @@ class Trainer:
         return state["step"]
 
 
-def _initial(config: TokenizerTrainConfig) -> VideoTokenizer:
+def _start(config: TokenizerTrainConfig) -> VideoTokenizer:
     """The tokenizer before the first step."""
     if config.start_from is None:
         tokenizer = VideoTokenizer(config.tokenizer)
@@ -305,8 +327,6 @@ def _initial(config: TokenizerTrainConfig) -> VideoTokenizer:
         weights = tokenizer.state_dict()
         tokenizer = VideoTokenizer(config.tokenizer)  # num_scales and residual_down are the recipe's
         tokenizer.load_state_dict(weights)
-    if config.loss.entropy_beta is not None:
-        tokenizer.quantizer.entropy_beta = config.loss.entropy_beta
     return tokenizer
 
 
@@ -337,15 +357,6 @@ def _rate(config: TokenizerTrainConfig, step: int) -> float:
     return warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
 
-def _gather(names: list[str]) -> list[str]:
-    """All ranks' names; every rank must call it."""
-    if not dist.is_initialized():
-        return names
-    lists: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(lists, names)
-    return list(itertools.chain.from_iterable(lists))
-
-
 def _wait() -> None:
     if dist.is_initialized():
         dist.barrier()
@@ -359,12 +370,25 @@ def _claim(config: TokenizerTrainConfig, out: Path, ranks: Ranks) -> None:
         for spec in phase.batches:
             ranks.share(spec.batch_size)
     recipe = out / "train.yaml"
-    # where it is trained and watched may change from one start to the next
-    lasting = replace(config, wandb=TokenizerTrainConfig().wandb, strategy="ddp", log_every=1)
-    if recipe.exists() and settings.load(TokenizerTrainConfig, recipe) != lasting:
-        raise UserError(f"{out} holds a run with another recipe ({recipe}): name a new folder or delete this one.")
+    if recipe.exists():
+        if _lasting(settings.load(TokenizerTrainConfig, recipe)) != _lasting(config):
+            raise UserError(f"{out} holds a run with another recipe ({recipe}): name a new folder or delete this one.")
+    elif (out / "config.json").exists():
+        raise UserError(f"{out} holds a tokenizer that this command did not train: name another folder with --out.")
     _wait()
     if ranks.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        settings.save(lasting, recipe)
+        for left in out.glob(".checkpoint.*.pt"):  # of a kill in the middle of a save
+            left.unlink()
+        settings.save(config, recipe)
     _wait()
+
+
+def _lasting(config: TokenizerTrainConfig) -> TokenizerTrainConfig:
+    """The recipe without what may change from one start of a run to the next: rates, memory, speed, and how it is watched."""
+    default = TokenizerTrainConfig()
+    names = (
+        "lr", "discriminator_lr", "grad_clip", "start_from", "precision", "recompute", "compile", "strategy",
+        "validation_clips", "validate_every", "checkpoint_every", "log_every", "wandb",
+    )  # fmt: skip
+    return replace(config, **{name: getattr(default, name) for name in names})

@@ -127,6 +127,17 @@ class TokenizerTrainConfig:
         for name in ("ema_decay", "continuous_share", "validation_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: choose a number from 0 to below 1.")
+        for name in ("lr", "grad_clip") + (("discriminator_lr",) if self.discriminator_lr is not None else ()):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be above 0.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"betas are {self.betas}: choose numbers from 0 to below 1.")
+        smallest = min(spec.size for phase in self.phases for spec in phase.batches)
+        if self.loss.gan and smallest < self.discriminator.least_size:
+            raise UserError(
+                f"a discriminator of {self.discriminator.levels} levels needs frames of {self.discriminator.least_size} pixels, "
+                f"a batch has {smallest}: lower discriminator.levels or enlarge the batch's size."
+            )
         for name in ("checkpoint_every", "log_every", "validation_clips"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1.")

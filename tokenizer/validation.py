@@ -14,13 +14,12 @@ from tokenizer.data_parallel import Ranks, mean_over_ranks
 from tokenizer.losses import LossConfig, reconstruction_loss
 from tokenizer.objective import Reconstruction
 from tokenizer.perceptual import Perceptual
+from tokenizer.quantizer import are_dead
 
 ValidationSource = Callable[[], Iterator[Tensor]]
 """Gives the same batches each time, float32 [B, 3, T, H, W] in [-1, 1]; every process sees all of them and takes its share."""
 
 SHOWN_CLIPS, SHOWN_FRAMES = 4, 5
-DEAD = 0.01
-"""A bit that is the same in all but this share of the tokens carries next to nothing."""
 
 
 @torch.no_grad()
@@ -73,7 +72,7 @@ def validate(
     share = mean_over_ranks(usage) / totals["clips"]  # [K, d]
     entropy = -(torch.xlogy(share, share) + torch.xlogy(1 - share, 1 - share)) / np.log(2)
     report = {f"validation/{name}": value / totals["clips"] for name, value in totals.items() if name != "clips"}
-    report["validation/dead_bits"] = ((share - 0.5).abs() > 0.5 - DEAD).float().mean().item()
+    report["validation/dead_bits"] = are_dead(share).float().mean().item()
     for scale, value in enumerate(entropy.mean(dim=1).tolist()):
         report[f"validation/bit_entropy/scale_{scale}"] = value
     return report, picture

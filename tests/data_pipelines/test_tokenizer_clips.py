@@ -62,3 +62,5 @@ def test_validation_clips_are_others_than_the_training_ones(shards):
     assert len(clips) == 10 and sum(len(batch) for batch in validation()) == 4
     with pytest.raises(UserError, match="no clips for it: name shards with --validation"):
         training_clips(TokenizerTrainConfig(phases=phases, validate_every=1), shards / "train", None, workers=1)
+    with pytest.raises(UserError, match="validate_every is 0"):
+        training_clips(TokenizerTrainConfig(phases=phases, validation_share=0.3), shards / "train", None, workers=1)

@@ -53,6 +53,10 @@ def test_help_is_light():
         (["tokenizer", "train", "--config", "none.yaml", "--shards", "x", "--out", "OUT"], "none.yaml does not exist"),
         (["tokenizer", "train", "--shards", "nowhere", "--out", "OUT"], "nowhere"),
         (["tokenizer", "train", "--shards", "x", "--out", "OUT", "--lrr", "1"], "nearest known key is 'lr'"),
+        (
+            ["tokenizer", "train", "--shards", "x", "--out", "OUT", "--device", "gpu"],
+            "there is no device 'gpu': choose cpu or cuda",
+        ),
         (["tokenizer", "inflate", "--image-checkpoint", "nowhere.pth", "--out", "OUT"], "nowhere.pth does not exist"),
         (["encode", "--shards", "nowhere", "--tokenizer", "x", "--out", "OUT"], "nowhere"),
         (

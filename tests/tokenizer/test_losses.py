@@ -66,7 +66,7 @@ def test_the_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer():
 
 
 def result_for(generator, video):
-    return Reconstruction(**generator(video))
+    return Reconstruction(**generator(video, with_features=True))
 
 
 def test_every_term_is_reported_by_itself_and_weighted_as_told():
@@ -111,3 +111,7 @@ def test_lpips_without_its_weights_is_never_silent(capsys, monkeypatch, tmp_path
 def test_impossible_discriminators():
     with pytest.raises(UserError, match="0 levels"):
         DiscriminatorConfig(levels=0)
+    with pytest.raises(UserError, match="48 channels, which do not divide"):
+        DiscriminatorConfig(base_width=24)
+    with pytest.raises(UserError, match="loss.gan is -1"):
+        LossConfig(gan=-1)

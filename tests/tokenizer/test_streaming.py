@@ -88,6 +88,10 @@ def test_streams_that_end_wrongly():
     assert got == [1, 1]
     with pytest.raises(UserError, match="no frames"):
         list(encode_stream(tokenizer, []))
+    with pytest.raises(UserError, match="0 latent frames at once"):
+        tokenizer.encode(noise(1, 3, 5, 32, 32), latents_at_once=0)
+    with pytest.raises(UserError, match="0 latent frames at once"):
+        tokenizer.decode(tokenizer.encode(noise(1, 3, 5, 32, 32)), latents_at_once=0)
     with pytest.raises(UserError, match=r"change from \(32, 32\) to \(32, 48\)"):
         list(encode_stream(tokenizer, [noise(1, 3, 2, 32, 32), noise(1, 3, 3, 32, 48)]))
 
@@ -173,6 +177,7 @@ def test_tilings_that_cannot_be():
         (torch.zeros(3, 5, 32, 32), r"shape \(3, 5, 32, 32\)"),
         (torch.zeros(1, 3, 5, 32, 32, dtype=torch.uint8), "torch.uint8 was given"),
         (torch.full((1, 3, 5, 32, 32), 2.0), "values from 2 to 2"),
+        (torch.full((1, 3, 5, 32, 32), float("nan")), "values from nan"),
     ],
 )
 def test_what_is_no_video_is_refused(video, words):

@@ -1,7 +1,9 @@
 """The tokenizer's trainer: exact resume, refusal of another recipe, the effect of its settings."""
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -45,6 +47,8 @@ def clips(step, spec):
 
 class Source:
     """A `ClipSource` out of a function."""
+
+    replaced = 0
 
     def __init__(self, function=clips):
         self.function = function
@@ -96,7 +100,34 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path):
     short = replace(CONFIG, phases=(Phase((BatchSpec(1, 32, 1),), 1),))
     train(short, Source(clips), tmp_path)
     with pytest.raises(UserError, match="another recipe"):
-        train(replace(short, lr=1e-3), Source(clips), tmp_path)
+        train(replace(short, seed=1), Source(clips), tmp_path)
+    train(replace(short, lr=1e-3), Source(clips), tmp_path)  # rates may change
+
+
+def test_a_tokenizer_that_was_not_trained_here_is_not_taken_for_the_result(tmp_path):
+    VideoTokenizer(CONFIG.tokenizer).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="this command did not train"):
+        train(replace(CONFIG, start_from=str(tmp_path)), Source(clips), tmp_path)
+
+
+def test_a_run_goes_on_with_another_rate_and_without_its_start(tmp_path):
+    start = tmp_path / "start"
+    VideoTokenizer(CONFIG.tokenizer).save_pretrained(start)
+    config = replace(CONFIG, start_from=str(start))
+
+    def until_five(step, spec):
+        if step == 5:
+            raise Killed
+        return clips(step, spec)
+
+    with pytest.raises(Killed):
+        train(config, Source(until_five), tmp_path / "run")
+    (tmp_path / "run" / ".checkpoint.1.pt").write_bytes(b"left by a kill")
+    shutil.rmtree(start)
+    train(replace(config, lr=5e-3), Source(clips), tmp_path / "run")
+    assert not list((tmp_path / "run").glob(".checkpoint*"))
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["lr"] == pytest.approx(5e-3 * 0.5 * (1 + math.cos(math.pi * 5 / 6)))
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
@@ -178,7 +209,7 @@ def test_everything_on_it_still_resumes_exactly(tmp_path):
     expected = {
         "reconstruction", "perceptual", "gan", "gan_weight", "commitment", "entropy_sample", "entropy_batch", "discriminator",
         "lecam", "logits_real", "logits_fake", "grad_norm", "grad_norm_discriminator", "loss", "psnr", "bit_usage", "dead_bits",
-        "lr", "step",
+        "lr", "step", "replaced",
     }  # fmt: skip
     assert set(lines[0][-1]) == expected and lines[0][-1]["lecam"] > 0
     assert "gan" not in lines[0][0]  # it starts at step 1
@@ -279,18 +310,28 @@ def test_compiled_it_computes_the_same(tmp_path):
 
 
 # AdamW's first updates make lr out of any rounding error in a gradient that is zero, so the rate is small where rounding may differ
-SLOW = replace(FULL, lr=1e-5, discriminator_lr=1e-5)
+SLOW = replace(FULL, lr=1e-5, discriminator_lr=1e-5, validate_every=3)
+
+
+def held_out():
+    yield clips(100, BatchSpec(5, 32, 3))  # an odd number, for two processes
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_equal_one(tmp_path, strategy):
     """The same global batches give the same losses, gradients and checkpoints, and another number of processes goes on from them."""
-    train(SLOW, Source(clips), tmp_path / "one")
+    train(SLOW, Source(clips), tmp_path / "one", validation=held_out)
     launch(tmp_path / "two", strategy)
     one, two = (losses(tmp_path / name) for name in ("one", "two"))
     assert one.keys() == two.keys()
     for step, values in one.items():
         assert two[step] == pytest.approx(values, rel=1e-3), step
+    psnr = [
+        [line["validation/psnr"] for line in map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+         if "validation/psnr" in line]
+        for name in ("one", "two")
+    ]  # fmt: skip
+    assert len(psnr[0]) == 2 and psnr[1] == pytest.approx(psnr[0], rel=1e-4)
 
     def until_five(step, spec):
         if step == 5:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from tests.tokenizer.test_train import SLOW, Source, clips
+from tests.tokenizer.test_train import SLOW, Source, clips, held_out
 from tokenizer.train import train
 
 if __name__ == "__main__":
@@ -20,4 +20,4 @@ if __name__ == "__main__":
         part = spec.batch_size // size
         return clips(step, spec)[rank * part : (rank + 1) * part]
 
-    train(replace(SLOW, strategy=strategy), Source(share), out)
+    train(replace(SLOW, strategy=strategy), Source(share), out, validation=held_out)
