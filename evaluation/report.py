@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import uuid
 from html import escape
 from pathlib import Path
@@ -18,6 +19,8 @@ from evaluation.html_parts import Section, missing, number, percent, section, ve
 from evaluation.metrics import SCORES, TARGETS, RunFolder, Target, build_metrics
 from evaluation.plots import phases, pretrain_plots, roman, stages, tokenizer_plots
 from evaluation.shapes import ATTRIBUTES
+from evaluation.sheet import write_sheet
+from tokenizer.errors import UserError
 
 __all__ = ["build_metrics", "write_report"]
 
@@ -31,7 +34,7 @@ SCORE_TITLES = {"ruler": "Real clips", "reconstructed": "Reconstructions", "gene
 
 
 def write_report(run_dir: str | Path, given_frames: int | None = None) -> Path:
-    """Writes metrics.json and report.html into a run's folder; what the run has not made is called "not run".
+    """Writes metrics.json, report.html and a contact sheet (samples.png) into a run's folder; what was not made is called "not run".
 
     Args:
         run_dir: such as runs/demo.
@@ -64,6 +67,12 @@ def write_report(run_dir: str | Path, given_frames: int | None = None) -> Path:
     )
     _write(run.path / "metrics.json", json.dumps(metrics, indent=2))
     _write(run.path / "report.html", page)
+    prompts = run.path / "samples" / "prompts" / "prompts.csv"
+    if prompts.exists():
+        try:
+            write_sheet(prompts, run.path / "samples.png")
+        except UserError as error:  # the page, which shows the rest, is worth more
+            print(f"no contact sheet: {error}", file=sys.stderr)
     return run.path / "report.html"
 
 
