@@ -142,7 +142,8 @@ def test_tiles_of_a_local_map_are_the_whole():
 
 
 def test_tiles_of_the_networks_and_of_streams(tokenizer):
-    video = noise(1, 3, 5, 80, 64)
+    tokenizer.double()  # a tile may take other kernels than the whole, which must not count
+    video = noise(1, 3, 5, 80, 64).double()
     corner = tokenizer.encode_latent(video[..., :48, :48])
     tokenizer.tiling = Tiling(48, 16)
     try:
@@ -151,16 +152,17 @@ def test_tiles_of_the_networks_and_of_streams(tokenizer):
         torch.testing.assert_close(latent[..., :2, :1], corner[..., :2, :1])  # where no other tile reaches
         carries: dict = {}
         chunks = [tokenizer.encode_chunk(video[:, :, a:b], carries) for a, b in ((0, 1), (1, 5))]
-        assert len(carries) == 2 * 2 and (torch.cat(chunks, 2) - latent).abs().max() < 1e-5
+        assert len(carries) == 2 * 2 and (torch.cat(chunks, 2) - latent).abs().max() < 1e-10
         pixels = tokenizer.decode_latent(latent)
         assert pixels.shape == video.shape
         carries = {}
         chunks = [tokenizer.decode_chunk(latent[:, :, t : t + 1], carries) for t in range(2)]
-        assert (torch.cat(chunks, 2) - pixels).abs().max() < 1e-5
+        assert (torch.cat(chunks, 2) - pixels).abs().max() < 1e-10
         small = tokenizer.encode_latent(video[..., :48, :48])
         assert torch.equal(small, corner)  # frames within one tile are left alone
     finally:
         tokenizer.tiling = None
+        tokenizer.float()
 
 
 def test_tilings_that_cannot_be():
