@@ -5,9 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+TRIES, PAUSE = 10, 2.0
+"""How often, and after how many seconds each, a start of Weights & Biases is tried."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +46,7 @@ class MetricsLog:
         self._out = self.file.open("a")
         self._run: Any = None
         if wandb.mode != "disabled":
-            import wandb as client
-
-            # one run however often it is resumed
-            identity = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
-            self._run = client.init(
-                mode=wandb.mode,
-                project=wandb.project,
-                name=wandb.name,
-                id=identity,
-                resume="allow",
-                dir=str(out),
-                config=config,
-                settings=client.Settings(silent=True),
-            )
+            self._run = _start_wandb(out, wandb, config)
 
     def write(self, values: dict[str, Any]) -> None:
         """Logs one line; `values` has the key that counts steps."""
@@ -75,6 +67,31 @@ class MetricsLog:
         self._out.close()
         if self._run is not None:
             self._run.finish()
+
+
+def _start_wandb(out: Path, wandb: WandbConfig, config: dict[str, Any]) -> Any:
+    """The run there, or None: a logger that does not start must not stop a training."""
+    import wandb as client
+
+    problem = ""
+    for _ in range(TRIES):
+        try:
+            return client.init(
+                mode=wandb.mode,
+                project=wandb.project,
+                name=wandb.name,
+                # one run however often it is resumed
+                id=hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16],
+                resume="allow",
+                dir=str(out),
+                config=config,
+                settings=client.Settings(silent=True),
+            )
+        except Exception as error:  # of many kinds; a killed process's service may hold the run for some seconds more
+            problem = " ".join(str(error).split())[:200]
+            time.sleep(PAUSE)
+    print(f"Weights & Biases does not start ({problem}): the run's numbers go to metrics.jsonl only.", file=sys.stderr)
+    return None
 
 
 def _drop_after(file: Path, finished: int, key: str) -> None:
