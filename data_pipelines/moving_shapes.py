@@ -37,7 +37,7 @@ COLOURS = {
 # Counter-clockwise from the right, 45 degrees apart; image rows grow downwards.
 DIRECTIONS = ("right", "up-right", "up", "up-left", "left", "down-left", "down", "down-right")
 SPEEDS = {"slowly": 0.6 / 64, "quickly": 1.5 / 64}  # frame sides a frame
-RADIUS = (12 / 64, 15 / 64)  # half the shape's width, in frame sides
+RADIUS = (13 / 64, 16 / 64)  # half the shape's width, in frame sides
 MARGIN = 1 / 64  # left free at the edge of the frame, in frame sides
 
 

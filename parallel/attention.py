@@ -18,6 +18,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from inference.config import ModelConfig
 from inference.rope import rotary_angles
+from parallel.frame_attention import FrameMask, frame_attention
+from parallel.rotary import full_angles, rotate
 from tokenizer.errors import UserError
 from tokenizer.sequence import SequenceLayout
 
@@ -29,17 +31,19 @@ def choose_backend(wanted: str, device_type: str) -> str:
     """The attention back end for a device, with the reason in the log.
 
     Args:
-        wanted: "auto", "sdpa" or "flex".
+        wanted: "auto", "frames", "sdpa" or "flex".
         device_type: "cpu" or "cuda".
 
     Raises:
         UserError: "flex" was demanded without a GPU.
     """
     if wanted == "flex" and device_type != "cuda":
-        raise UserError("attention: flex needs a GPU (FlexAttention has no backward pass on a CPU): use auto or sdpa.")
-    chosen = wanted if wanted != "auto" else ("flex" if device_type == "cuda" else "sdpa")
+        raise UserError(
+            "attention: flex needs a GPU (FlexAttention has no backward pass on a CPU): use auto or frames."
+        )
+    chosen = wanted if wanted != "auto" else ("flex" if device_type == "cuda" else "frames")
     reasons = {
-        ("auto", "sdpa"): "FlexAttention has no backward pass on a CPU",
+        ("auto", "frames"): "on a CPU FlexAttention has no backward pass, and frame by frame skips what the mask hides",
         ("auto", "flex"): "a GPU is there, and it skips the blocks that the mask hides",
     }
     log.info("attention back end: %s (%s)", chosen, reasons.get((wanted, chosen), "as configured"))
@@ -51,13 +55,13 @@ class AttentionContext:
     """What attention needs to know of a microbatch.
 
     Args:
-        cos, sin: of the rotary angles, float32 [S, B, 1, D/2].
-        mask: additive [B, 1, S, S] in the activations' dtype (sdpa), or FlexAttention's block mask.
+        cos, sin: of `rotary.full_angles`, float32 [S, B, 1, D].
+        mask: what it is made of (frames), additive [B, 1, S, S] in the activations' dtype (sdpa), or FlexAttention's block mask.
     """
 
     cos: Tensor
     sin: Tensor
-    mask: Tensor | BlockMask
+    mask: FrameMask | Tensor | BlockMask
 
     @classmethod
     def build(
@@ -77,13 +81,15 @@ class AttentionContext:
             text_lengths: |text| of each clip, int [B].
             frame_mask: random frame mask m, bool [B, T, T]; None: all ones.
             dtype: of the activations.
-            backend: "sdpa" or "flex".
+            backend: of `choose_backend`.
         """
         positions = layout.positions(text_lengths, config.rope_scaled_spatial, flat=config.rope == "flat")
         angles = rotary_angles(positions, config.head_dim, config.rope_theta)  # [B, S, D/2]
-        angles = angles.transpose(0, 1)[:, :, None]  # [S, B, 1, D/2]
         if backend == "flex":
-            mask: Tensor | BlockMask = flex_mask(layout, text_lengths, frame_mask, config.window)
+            mask: FrameMask | Tensor | BlockMask = flex_mask(layout, text_lengths, frame_mask, config.window)
+        elif backend == "frames":
+            batch, device = text_lengths.shape[0], text_lengths.device
+            mask = FrameMask(layout, text_lengths, layout.frames_visible(batch, frame_mask, config.window, device))
         else:
             visible = layout.attention_mask(text_lengths, frame_mask, config.window)  # [B, S, S]
             # additive: a boolean mask would be turned into this one again in every layer
@@ -91,7 +97,7 @@ class AttentionContext:
                 ~visible, float("-inf")
             )
             mask = hidden[:, None]
-        return cls(angles.cos().contiguous(), angles.sin().contiguous(), mask)
+        return cls(*full_angles(angles), mask)
 
 
 def flex_mask(layout: SequenceLayout, text_lengths: Tensor, frame_mask: Tensor | None, window: int | None) -> BlockMask:
@@ -113,29 +119,6 @@ def flex_mask(layout: SequenceLayout, text_lengths: Tensor, frame_mask: Tensor |
         return (query == key) | to_text | (query_video & key_video & (same | earlier))
 
     return create_block_mask(visible, batch, None, length, length, device=str(device))
-
-
-class _Rotate(torch.autograd.Function):
-    """The turn of `inference.rope.rotate` without its temporaries; its backward pass is the turn back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, 1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, sin, -1), None, None
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    first, second = x.float().chunk(2, dim=-1)
-    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    out_first, out_second = out.chunk(2, dim=-1)
-    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-sign)
-    torch.mul(second, cos, out=out_second).addcmul_(first, sin, value=sign)
-    return out.to(x.dtype)
 
 
 class BlockCausalAttention(torch.nn.Module):
@@ -160,8 +143,9 @@ class BlockCausalAttention(torch.nn.Module):
         """Queries, keys and values [S, B, heads, D] -> [S, B, heads * D]."""
         context = attention_bias
         assert context is not None and packed_seq_params is None
-        query = _Rotate.apply(query, context.cos, context.sin)
-        key = _Rotate.apply(key, context.cos, context.sin)
+        if isinstance(context.mask, FrameMask):
+            return frame_attention(query, key, value, context.cos, context.sin, context.mask)
+        query, key = (rotate(one, context.cos, context.sin) for one in (query, key))
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [B, heads, S, D]
         if isinstance(context.mask, BlockMask):
             out = _flex(q.device.type)(q, k, v, block_mask=context.mask)

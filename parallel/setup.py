@@ -29,7 +29,7 @@ class ParallelConfig:
             gradients and logits are float32 always.
         recompute: "full" keeps only each layer's input and computes the rest again in the backward pass.
         transformer_engine: "auto" takes Transformer Engine's layers where they are installed and a GPU is there; "on" demands them.
-        attention: "sdpa" (dense mask), "flex" (FlexAttention, GPU) or "auto".
+        attention: "frames" (frame by frame), "sdpa" (dense mask), "flex" (FlexAttention, GPU), or "auto": flex on a GPU, else frames.
     """
 
     tensor_parallel_size: int = 1
@@ -38,7 +38,7 @@ class ParallelConfig:
     precision: Precision = "float32"
     recompute: Literal["none", "full"] = "none"
     transformer_engine: Literal["auto", "on", "off"] = "auto"
-    attention: Literal["auto", "sdpa", "flex"] = "auto"
+    attention: Literal["auto", "frames", "sdpa", "flex"] = "auto"
 
     @property
     def shares_sequence(self) -> bool:

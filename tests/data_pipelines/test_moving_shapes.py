@@ -55,9 +55,9 @@ def test_coverage_has_the_area_of_the_shape():
 
 
 def test_too_long_a_clip_is_refused():
-    with pytest.raises(UserError, match="at most 22 frames"):
+    with pytest.raises(UserError, match="at most 21 frames"):
         ms.train_specs(300, 0, 64, 65)
-    assert len(ms.train_specs(300, 0, 64, 22)) == 300
+    assert len(ms.train_specs(300, 0, 64, 21)) == 300
 
 
 def test_the_corpus_is_real_video_written_once(tmp_path):

@@ -10,6 +10,7 @@ from inference.config import ModelConfig
 from parallel import checkpoint
 from parallel.attention import AttentionContext, BlockCausalAttention, choose_backend
 from parallel.convert import gather_reference, load_reference
+from parallel.frame_attention import FrameMask
 from parallel.layers import RMSNorm, swiglu, transformer_config, use_transformer_engine
 from parallel.setup import ParallelConfig, check_layout, destroy, initialize
 from parallel.train_step import Microbatch, build_model, build_optimizer, forward_backward, update
@@ -87,19 +88,40 @@ def test_loading_needs_only_its_own_shards_and_validation_leaves_gradients_alone
     assert all(torch.equal(old, new) for old, new in zip(before, gradients(chunks)))
 
 
-def test_flex_mask_gives_the_dense_mask_s_attention():
-    config = dataclasses.replace(MODEL, window=1, context_block=True)
-    layout, lengths = config.layout(multiple=4), torch.tensor([1, 4])
-    frame_mask = torch.rand(2, 3, 3, generator=torch.Generator().manual_seed(0)) > 0.5
-    q, k, v = torch.randn(3, layout.length, 2, 2, 16, generator=torch.Generator().manual_seed(1))
-    core = BlockCausalAttention(None, 1)
-    dense, flex = (
-        core(
-            q, k, v, attention_bias=AttentionContext.build(config, layout, lengths, frame_mask, torch.float32, backend)
-        )
-        for backend in ("sdpa", "flex")
-    )
-    assert torch.allclose(dense, flex, atol=1e-6)
+@pytest.mark.parametrize("window", [None, 1])
+@pytest.mark.parametrize("share_hidden", [None, 0.5, 1.0])
+@pytest.mark.parametrize("backend", ["frames", "flex"])
+def test_attention_back_ends_equal_the_dense_one_in_output_and_gradients(backend, share_hidden, window):
+    config = dataclasses.replace(MODEL, window=window, context_block=True, num_frames=4)
+    layout, lengths = config.layout(multiple=16), torch.tensor([1, 4])
+    assert layout.length > layout.text_length + layout.video_tokens  # there is end padding
+    draw = torch.Generator().manual_seed(0)
+    frame_mask = None if share_hidden is None else torch.rand(2, 4, 4, generator=draw) >= share_hidden
+    tensors = torch.randn(3, layout.length, 2, 2, 16, generator=draw)
+    mix = torch.randn(layout.length, 2, 32, generator=draw)
+    core, seen = BlockCausalAttention(None, 1), {}
+    for name in ("sdpa", backend):
+        q, k, v = (one.clone().requires_grad_() for one in tensors)
+        context = AttentionContext.build(config, layout, lengths, frame_mask, torch.float32, name)
+        out = core(q, k, v, attention_bias=context)
+        # FlexAttention has no backward pass on a CPU
+        gradients = () if backend == "flex" else torch.autograd.grad((out * mix).sum(), (q, k, v))
+        seen[name] = (out.detach(), *gradients)
+    for dense, ours in zip(seen["sdpa"], seen[backend], strict=True):
+        assert torch.allclose(dense, ours, atol=2e-6)
+
+
+def test_frame_by_frame_attention_works_on_visible_pairs_only():
+    config = dataclasses.replace(MODEL, num_frames=9)
+    layout, lengths = config.layout(), torch.tensor([4])
+    frame_mask = torch.rand(1, 9, 9, generator=torch.Generator().manual_seed(0)) > 0.5
+    mask = AttentionContext.build(config, layout, lengths, frame_mask, torch.float32, "frames").mask
+    assert isinstance(mask, FrameMask)
+    done = sum(group.hidden.numel() for group in mask.groups(torch.float32))
+    largest = max(group.hidden.numel() for group in mask.groups(torch.float32))
+    needed = int(layout.attention_mask(lengths, frame_mask).sum())
+    own = layout.frame_tokens**2 * 9  # the steps within a frame are masked, not skipped
+    assert needed < done <= needed + own and largest <= layout.frame_tokens * layout.length
 
 
 def test_own_gradients_equal_autograd_s():
@@ -168,4 +190,4 @@ def test_what_needs_a_gpu_says_so():
         choose_backend("flex", "cpu")
     with pytest.raises(UserError, match="transformer_engine: on needs"):
         use_transformer_engine("on")
-    assert choose_backend("auto", "cpu") == "sdpa" and not use_transformer_engine("auto")
+    assert choose_backend("auto", "cpu") == "frames" and not use_transformer_engine("auto")

@@ -1,0 +1,153 @@
+"""Block-causal attention frame by frame, for CPUs: no score, probability or mask is ever larger than one frame's queries need.
+
+The queries of one frame meet only keys that some clip of the batch lets them see, so a causal sequence costs half of the dense
+matrix, and hidden frames cost nothing. Scores are float32 whatever the activations are; the backward pass computes them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel.rotary import turn
+from tokenizer.sequence import SequenceLayout
+
+
+@dataclass(frozen=True)
+class Group:
+    """Queries that share their keys: the text, or one frame.
+
+    Args:
+        rows: the queries' places in the sequence.
+        keys: the keys' places; int64 where they are no range.
+        hidden: additive, 0 or -inf, [B, rows, keys].
+    """
+
+    rows: slice
+    keys: slice | Tensor
+    hidden: Tensor
+
+
+@dataclass(frozen=True)
+class FrameMask:
+    """Visibility (Eq. 9) as what it is made of; `groups` equals `SequenceLayout.attention_mask` without the end padding.
+
+    Args:
+        layout: the sequence.
+        text_lengths: int [B].
+        frames_seen: of `SequenceLayout.frames_visible`, bool [B, T, T].
+    """
+
+    layout: SequenceLayout
+    text_lengths: Tensor
+    frames_seen: Tensor
+
+    def groups(self, dtype: torch.dtype) -> Iterator[Group]:
+        """The text, then frame after frame, with masks of this dtype."""
+        layout, device = self.layout, self.text_lengths.device
+        batch, text, tokens = len(self.text_lengths), layout.text_length, layout.frame_tokens
+        valid = torch.arange(text, device=device) < self.text_lengths[:, None]  # [B, L]
+        itself = torch.eye(text, dtype=torch.bool, device=device)
+        yield Group(slice(0, text), slice(0, text), _additive(valid[:, :, None] & valid[:, None] | itself, dtype))
+        block = layout.scale[:tokens].to(device)
+        own = (block[None] <= block[:, None]).expand(batch, -1, -1)  # [B, n, n]
+        place = torch.arange(text + layout.video_tokens, device=device)
+        for frame in range(layout.num_frames):
+            start = text + frame * tokens
+            seen = self.frames_seen[:, frame, :frame]  # [B, t]
+            used = seen.any(0).nonzero()[:, 0]  # frames that no clip sees are left out
+            before = torch.cat([valid, seen[:, used].repeat_interleave(tokens, dim=1)], dim=1)  # [B, keys before]
+            visible = torch.cat([before[:, None].expand(-1, tokens, -1), own], dim=2)
+            keys: slice | Tensor = slice(0, start + tokens)
+            if len(used) < frame:
+                earlier = place[text:start].view(frame, tokens)[used].flatten()
+                keys = torch.cat([place[:text], earlier, place[start : start + tokens]])
+            yield Group(slice(start, start + tokens), keys, _additive(visible, dtype))
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+
+
+def frame_attention(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, mask: FrameMask) -> Tensor:
+    """Rotates queries and keys and attends: softmax(q k' / sqrt(D)) v under the mask.
+
+    Args:
+        query, key, value: [S, B, heads, D].
+        cos, sin: of `rotary.full_angles`.
+        mask: who sees whom.
+
+    Returns:
+        [S, B, heads * D].
+    """
+    return _FrameAttention.apply(query, key, value, cos, sin, mask)
+
+
+class _FrameAttention(torch.autograd.Function):
+    """The products run on [B * heads, S, D] views of tensors that lie as [S, B, heads, D]: nothing is transposed in memory."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, mask: FrameMask
+    ) -> Tensor:
+        ctx.save_for_backward(query, key, value, cos, sin)
+        ctx.mask = mask
+        q, k, v = _turned(query, key, value, cos, sin)
+        out = value.contiguous().clone()  # end padding sees only itself
+        places = _by_place(out)
+        for group in mask.groups(q.dtype):
+            places[group.rows] = torch.bmm(_probabilities(q, k, group), v[:, group.keys]).transpose(0, 1)
+        return out.flatten(2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, cos, sin = ctx.saved_tensors
+        q, k, v = _turned(query, key, value, cos, sin)
+        grad_out = _heads(grad.view(value.shape).to(q.dtype))
+        grads = [torch.zeros(value.shape, dtype=q.dtype, device=q.device) for _ in range(3)]
+        grad_q, grad_k, grad_v = (_by_place(one) for one in grads)
+        end = ctx.mask.layout.text_length + ctx.mask.layout.video_tokens
+        grad_v[end:] = grad_out[:, end:].transpose(0, 1)
+        for group in ctx.mask.groups(q.dtype):
+            seen, own = _probabilities(q, k, group), grad_out[:, group.rows]
+            grad_seen = torch.bmm(own, v[:, group.keys].transpose(1, 2))
+            grad_scores = torch._softmax_backward_data(grad_seen, seen, -1, seen.dtype)
+            grad_q[group.rows] = torch.bmm(grad_scores, k[:, group.keys]).transpose(0, 1)
+            for total, left, right in ((grad_v, seen, own), (grad_k, grad_scores, q[:, group.rows])):
+                product = torch.bmm(left.transpose(1, 2), right).transpose(0, 1)  # [keys, B * heads, D]
+                if isinstance(group.keys, slice):
+                    total[group.keys] += product
+                else:
+                    total.index_add_(0, group.keys, product)
+        grads[0] = turn(grads[0], cos, sin, -1).mul_(query.shape[-1] ** -0.5)
+        grads[1] = turn(grads[1], cos, sin, -1)
+        return *(one.to(value.dtype) for one in grads), None, None, None
+
+
+def _turned(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (turned and scaled), keys (turned) and values as wide views [B * heads, S, D]."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    q, k = (turn(one.to(wide), cos, sin) for one in (query, key))
+    return _heads(q.mul_(query.shape[-1] ** -0.5)), _heads(k), _heads(value.to(wide))
+
+
+def _by_place(x: Tensor) -> Tensor:
+    """[S, B, heads, D] -> [S, B * heads, D]."""
+    return x.flatten(1, 2)
+
+
+def _heads(x: Tensor) -> Tensor:
+    """[S, B, heads, D] -> [B * heads, S, D]."""
+    return x.flatten(1, 2).transpose(0, 1)
+
+
+def _probabilities(q: Tensor, k: Tensor, group: Group) -> Tensor:
+    """[B * heads, rows, keys]."""
+    scores = torch.bmm(q[:, group.rows], k[:, group.keys].transpose(1, 2))
+    batch = group.hidden.shape[0]
+    scores.view(batch, -1, *scores.shape[1:]).add_(group.hidden[:, None])  # [B, heads, rows, keys]
+    return torch.softmax(scores, dim=-1)
