@@ -19,6 +19,7 @@ from data_pipelines.decode import TOLERANCE, DecodeError, Decoder, choose_decode
 from data_pipelines.random_access import ShardFolder
 from tokenizer.clip_shape import check_clip_shape, check_num_frames
 from tokenizer.errors import UserError
+from tokenizer.pixels import from_pixels
 from tokenizer.progress import track
 from tokenizer.train_config import BatchSpec
 
@@ -403,8 +404,7 @@ def split_clips(count: int, share: float, seed: int) -> tuple[np.ndarray, np.nda
 
 def to_batch(clips: np.ndarray, size: int) -> Tensor:
     """uint8 [B, T, H, W, 3] -> float32 [B, 3, T, size, size] in [-1, 1], with antialiasing."""
-    video = torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1  # [B, 3, T, H, W]
-    return _resize(video, size).contiguous()
+    return _resize(from_pixels(clips), size).contiguous()
 
 
 def _count(source: np.ndarray | Clips | ClipDataset) -> int:

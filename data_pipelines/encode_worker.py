@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from streaming import MDSWriter
 from torch import Tensor
@@ -28,6 +27,7 @@ from data_pipelines.random_access import HASH, ShardFolder
 from tokenizer import UserError, VideoTokenizer
 from tokenizer.clip_shape import check_clip_shape
 from tokenizer.files import sync
+from tokenizer.pixels import from_pixels
 from tokenizer.receipts import RECEIPT, read_receipt
 from tokenizer.text import TextEncoder, text_encoder
 
@@ -203,7 +203,7 @@ class ShardEncoder:
                 if row in task.quarantined:
                     raise DecodeError("the worker's process died at it, each time it was tried")
                 frames = read_clip(raw, self.decoder, variant.frames, variant.height, variant.width, job.fps)
-                clips.append(to_video(frames))
+                clips.append(from_pixels(frames))
                 raws.append(raw)
             except DecodeError as error:
                 # addresses of objects would make two runs' bytes differ
@@ -236,11 +236,6 @@ def encode_clips(tokenizer: VideoTokenizer, video: Tensor) -> tuple[Tensor, Tens
     schedule = tokenizer.schedule_for(*video.shape[-2:])
     codes = tokenizer.quantizer.quantize(latents.float().movedim(1, 2), schedule)
     return latents, codes.tokens()
-
-
-def to_video(frames: np.ndarray) -> Tensor:
-    """Frames uint8 [1+4n, H, W, 3] -> float32 [3, 1+4n, H, W] in [-1, 1]."""
-    return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
 def _note(task: Task, blame: int, row: int) -> None:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from evaluation.round_trip import to_tensor
 from tokenizer.errors import UserError
+from tokenizer.pixels import from_pixels
 
 SIDE = 224  # pixels, what I3D was trained on
 LEAST_FRAMES = 10  # I3D halves time three times and then averages over windows of two; published code asks for 10
@@ -147,7 +147,7 @@ class I3D:
         batch, frames = clips.shape[:2]
         if frames < LEAST_FRAMES:
             raise UserError(f"I3D needs clips of at least {LEAST_FRAMES} frames, not {frames}: give longer ones.")
-        video = to_tensor(clips, self.device)
+        video = from_pixels(clips, self.device)
         flat = video.transpose(1, 2).flatten(0, 1)  # [B, 3, T, H, W] -> [B * T, 3, H, W]
         flat = F.interpolate(flat, (SIDE, SIDE), mode="bilinear", align_corners=False)
         video = flat.unflatten(0, (batch, frames)).transpose(1, 2).contiguous()  # [B, 3, T, 224, 224]

@@ -25,12 +25,13 @@ from evaluation.bit_usage import BitUsage
 from evaluation.fidelity import SquaredError, psnr_summary, squared_error, ssim
 from evaluation.fvd import I3D, LEAST_FRAMES, FeatureStatistics, frechet_video_distance, i3d_file
 from evaluation.reconstruction_figure import write_figure
-from evaluation.round_trip import Clip, Skipped, first_reasons, in_batches, read_clips, round_trip, to_tensor
+from evaluation.round_trip import Clip, Skipped, first_reasons, in_batches, read_clips, round_trip
 from evaluation.shapes import moving_foreground
 from evaluation.tables import markdown_table
 from tokenizer import VideoTokenizer
 from tokenizer.errors import UserError
 from tokenizer.perceptual import Perceptual, weights_file
+from tokenizer.pixels import from_pixels
 from tokenizer.progress import Meter
 from tokenizer.receipts import finished, new_folder
 from tokenizer.video_file import write_video
@@ -241,7 +242,7 @@ class _Measure:
         # a clip at a time: its frames are a batch of their own
         assert self.perceptual is not None
         device = next(self.perceptual.parameters()).device
-        return self.perceptual(to_tensor(other[None], device), to_tensor(original[None], device)).item()
+        return self.perceptual(from_pixels(other[None], device), from_pixels(original[None], device)).item()
 
 
 def _result(

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-import torch
 
 from data_pipelines.clips import read_clip
 from data_pipelines.decode import DecodeError, choose_decoder
@@ -16,6 +15,7 @@ from data_pipelines.probe import Rejected, VideoInfo, probe
 from data_pipelines.shards import Source
 from tokenizer import VideoTokenizer
 from tokenizer.codes import Codes
+from tokenizer.pixels import from_pixels, to_pixels
 
 T = TypeVar("T")
 
@@ -81,14 +81,8 @@ def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 def round_trip(tokenizer: VideoTokenizer, clips: np.ndarray) -> tuple[Codes, np.ndarray]:
     """The codes of clips, uint8 [B, T, H, W, 3], and the clips that come back, of the same shape and type."""
-    codes = tokenizer.encode(to_tensor(clips, next(tokenizer.parameters()).device))
-    decoded = tokenizer.decode(codes)  # [B, 3, T, H, W]
-    return codes, ((decoded + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
-
-
-def to_tensor(clips: np.ndarray, device: str | torch.device = "cpu") -> torch.Tensor:
-    """uint8 [B, T, H, W, 3] -> float32 [B, 3, T, H, W] in [-1, 1]."""
-    return torch.from_numpy(clips).to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    codes = tokenizer.encode(from_pixels(clips, next(tokenizer.parameters()).device))
+    return codes, to_pixels(tokenizer.decode(codes))
 
 
 def first_reasons(skipped: list[Skipped]) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tokenizer.errors import UserError
+from tokenizer.errors import UserError, check_each
 from tokenizer.scales import ScaleSchedule
 from tokenizer.sequence import SequenceLayout
 
@@ -71,9 +71,7 @@ class ModelConfig:
             "text_dim",
             "max_text_length",
         )
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise UserError(f"the model's {name} is {getattr(self, name)}: it must be at least 1.")
+        check_each(self, counts, lambda value: value >= 1, "be at least 1", "the model's ")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise UserError(
                 f"hidden_size {self.hidden_size} does not split into {self.num_attention_heads} heads of even width: "
@@ -87,8 +85,7 @@ class ModelConfig:
             raise UserError(f"num_classes is {self.num_classes}: use 0 for text or the number of classes.")
         if self.window is not None and self.window < 1:
             raise UserError(f"window is {self.window}: use at least 1 frame, or null for no limit.")
-        if self.fps <= 0 or self.rope_theta <= 0 or self.norm_eps <= 0:
-            raise UserError("fps, rope_theta and norm_eps must be above 0.")
+        check_each(self, ("fps", "rope_theta", "norm_eps"), lambda value: value > 0, "be above 0", "the model's ")
         for name, allowed in (("rope", ("multiscale", "flat")), ("input_down", ("bilinear", "area"))):
             if getattr(self, name) not in allowed:
                 raise UserError(f"the model's {name} is '{getattr(self, name)}': choose one of {', '.join(allowed)}.")

@@ -24,6 +24,7 @@ from inference.sampler import sample_frames
 from inference.video_io import read_image, read_video
 from tokenizer import Codes, UserError, VideoTokenizer
 from tokenizer.clip_shape import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
+from tokenizer.pixels import from_pixels, to_pixels
 from tokenizer.progress import Meter
 from tokenizer.text import TextEncoder, text_encoder
 from tokenizer.video_file import write_video
@@ -228,7 +229,7 @@ class VideoARPipeline:
                 if meter:
                     meter.advance()
             codes.append(Codes(tuple(torch.stack(scale, dim=1) for scale in zip(*frames)), schedule))
-            clips += list(_to_frames(self.tokenizer.decode(codes[-1])))
+            clips += list(to_pixels(self.tokenizer.decode(codes[-1])))
         merged = Codes(tuple(torch.cat(scale) for scale in zip(*(part.bits for part in codes))), schedule)
         known = 0 if given is None else 1 + FRAMES_A_LATENT * (given.num_frames - 1)
         return VideoOutput(clips[0] if single else clips, merged, known, self.config.fps)
@@ -324,8 +325,7 @@ class VideoARPipeline:
                 )
             if given_frames is None:
                 pixels = pixels[-(1 + (len(pixels) - 1) // FRAMES_A_LATENT * FRAMES_A_LATENT) :]
-        clip = torch.tensor(pixels, device=self.device).float().movedim(-1, 0)[None] / 127.5 - 1  # [1, 3, T, H, W]
-        return self.tokenizer.encode(clip, schedule)
+        return self.tokenizer.encode(from_pixels(pixels[None], self.device), schedule)
 
 
 def _latent_frames(num_frames: int) -> int:
@@ -333,11 +333,6 @@ def _latent_frames(num_frames: int) -> int:
         below = max(1, num_frames - (num_frames - 1) % FRAMES_A_LATENT)
         raise UserError(f"{num_frames} frames are not 1+4n: ask for {below} or {below + FRAMES_A_LATENT}.")
     return 1 + (num_frames - 1) // FRAMES_A_LATENT
-
-
-def _to_frames(video: Tensor) -> np.ndarray:
-    """[B, 3, T, H, W] in [-1, 1] -> uint8 [B, T, H, W, 3]."""
-    return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(1, -1).cpu().numpy()
 
 
 def _check_any(prompts: Sequence[Any]) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.data_parallel import mean_over_ranks
-from tokenizer.errors import UserError
+from tokenizer.errors import check_each
 from tokenizer.perceptual import Backbone
 
 
@@ -57,11 +57,9 @@ class LossConfig:
     entropy_gamma: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("l1", "l2", "motion", "edge", "perceptual", "gan", "lecam", "commitment", "entropy", "gan_start"):
-            if getattr(self, name) < 0:
-                raise UserError(f"loss.{name} is {getattr(self, name)}: it can't be below 0.")
-        if not 0 <= self.lecam_decay < 1:
-            raise UserError(f"loss.lecam_decay is {self.lecam_decay}: choose a number from 0 to below 1.")
+        weights = ("l1", "l2", "motion", "edge", "perceptual", "gan", "lecam", "commitment", "entropy", "gan_start")
+        check_each(self, weights, lambda value: value >= 0, "be at least 0", "loss.")
+        check_each(self, ("lecam_decay",), lambda value: 0 <= value < 1, "be from 0 to below 1", "loss.")
 
 
 def reconstruction_loss(reconstruction: Tensor, video: Tensor, config: LossConfig) -> Tensor:

@@ -69,10 +69,11 @@ class Generator(nn.Module):
         if bypass is not None:
             code = torch.where(bypass.view(-1, 1, 1, 1, 1), latent, code)
         with self.autocast(video):
-            reconstruction, features = tokenizer.decoder(code, with_features=True)
+            decoded = tokenizer.decoder(code, with_features=with_features)
+        reconstruction, features = decoded if with_features else (decoded, None)
         return {
             "video": reconstruction.float(),
-            "features": features if with_features else None,
+            "features": features,
             "losses": quantizer.losses,
             "usage": quantizer.usage,
         }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -173,7 +173,7 @@ class Trainer:
 
     def finish(self) -> VideoTokenizer:
         """Writes the trained tokenizer; every rank must call it."""
-        with self.ema.applied() if self.ema else nullcontext():
+        with self._averaged():
             weights = full_state(self.inner.tokenizer.state_dict())
         tokenizer = VideoTokenizer(self.config.tokenizer)
         tokenizer.load_state_dict(weights)
@@ -249,7 +249,7 @@ class Trainer:
         )
 
     def _validate(self, batches: ValidationSource) -> None:
-        with self.ema.applied() if self.ema else nullcontext():
+        with self._averaged():
             self.generator.eval()
             report, picture = validate(self.generator, batches, self.config.loss, self.objective.perceptual, self.ranks)
             self.generator.train()
@@ -259,6 +259,10 @@ class Trainer:
             write_picture(picture, file)
             self.log.write({"step": self.step, **report})
             self.log.picture("validation", file, self.step)
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """In it the weights are the running averages, where there are any."""
+        return self.ema.applied() if self.ema else nullcontext()
 
     def _save(self) -> None:
         keep = self.ranks.rank == 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from tokenizer.clip_shape import check_clip_shape
 from tokenizer.data_parallel import Strategy
 from tokenizer.discriminator import DiscriminatorConfig
-from tokenizer.errors import UserError
+from tokenizer.errors import UserError, check_each
 from tokenizer.losses import LossConfig
 from tokenizer.metrics_log import WandbConfig
 from tokenizer.precision import Precision
@@ -124,12 +124,10 @@ class TokenizerTrainConfig:
     def __post_init__(self) -> None:
         if not self.phases:
             raise UserError("a tokenizer's training needs at least one phase: list them under `phases`.")
-        for name in ("ema_decay", "continuous_share", "validation_share"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: choose a number from 0 to below 1.")
-        for name in ("lr", "grad_clip") + (("discriminator_lr",) if self.discriminator_lr is not None else ()):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be above 0.")
+        shares = ("ema_decay", "continuous_share", "validation_share")
+        check_each(self, shares, lambda value: 0 <= value < 1, "be from 0 to below 1")
+        check_each(self, ("lr", "grad_clip"), lambda value: value > 0, "be above 0")
+        check_each(self, ("discriminator_lr",), lambda value: value is None or value > 0, "be above 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"betas are {self.betas}: choose numbers from 0 to below 1.")
         smallest = min(spec.size for phase in self.phases for spec in phase.batches)
@@ -138,9 +136,8 @@ class TokenizerTrainConfig:
                 f"a discriminator of {self.discriminator.levels} levels needs frames of {self.discriminator.least_size} pixels, "
                 f"a batch has {smallest}: lower discriminator.levels or enlarge the batch's size."
             )
-        for name in ("checkpoint_every", "log_every", "validation_clips"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1.")
+        counts = ("checkpoint_every", "log_every", "validation_clips")
+        check_each(self, counts, lambda value: value >= 1, "be at least 1")
 
     def resolved(self, clips: int) -> TokenizerTrainConfig:
         """The same training with all phases in steps, for a data set of so many clips."""

@@ -14,6 +14,7 @@ from tokenizer.data_parallel import Ranks, mean_over_ranks
 from tokenizer.losses import LossConfig, reconstruction_loss
 from tokenizer.objective import Reconstruction
 from tokenizer.perceptual import Perceptual
+from tokenizer.pixels import to_pixels
 from tokenizer.quantizer import are_dead
 
 ValidationSource = Callable[[], Iterator[Tensor]]
@@ -82,8 +83,8 @@ def _picture(video: Tensor, reconstruction: Tensor) -> np.ndarray:
     """[B, 3, T, H, W], twice -> each clip's frames in a row, its reconstruction in the row below: uint8 [height, width, 3]."""
     frames = torch.linspace(0, video.shape[2] - 1, min(SHOWN_FRAMES, video.shape[2])).round().long().tolist()
     pairs = torch.stack([video, reconstruction], dim=1)[:SHOWN_CLIPS, :, :, frames]  # [b, 2, 3, t, H, W]
-    rows = pairs.permute(0, 1, 4, 3, 5, 2).flatten(3, 4)  # -> [b, 2, H, t, W, 3] -> [b, 2, H, t * W, 3]
-    return ((rows.flatten(0, 2) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+    pixels = to_pixels(pairs).swapaxes(2, 3)  # [b, 2, t, H, W, 3] -> [b, 2, H, t, W, 3]
+    return pixels.reshape(-1, pixels.shape[3] * pixels.shape[4], 3)
 
 
 def write_picture(picture: np.ndarray, file: Path) -> None:

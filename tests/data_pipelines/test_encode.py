@@ -28,12 +28,13 @@ from data_pipelines.codes import CodeDataset
 from data_pipelines.decode import choose_decoder
 from data_pipelines.encode import EncodeConfig, EncodeSummary, encode, make_job
 from data_pipelines.encode_pool import EncodeActor, EncoderPool, start_ray
-from data_pipelines.encode_worker import Job, ShardEncoder, Task, Variant, to_video
+from data_pipelines.encode_worker import Job, ShardEncoder, Task, Variant
 from data_pipelines.moving_shapes import write_corpus
 from data_pipelines.random_access import ShardFolder
 from data_pipelines.shards import COLUMNS, ShardsConfig, write_shards
 from tokenizer import UserError, VideoTokenizer
 from tokenizer.autoencoder import AutoencoderConfig
+from tokenizer.pixels import from_pixels
 from tokenizer.receipts import new_folder
 from tokenizer.text import ByteTextEncoder
 from tokenizer.tokenizer import TokenizerConfig
@@ -129,11 +130,11 @@ def test_bits_are_those_of_the_tokenizer_and_of_the_stored_latents(base: Path, u
             item, record = dataset[number], raw[row]
             assert (item["source"], item["caption"]) == (record["source"], record["caption"])
             frames = read_clip(record, choose_decoder(), variant.frames, variant.height, variant.width)
-            latent = tokenizer.encode_latent(to_video(frames)[None]).detach().movedim(1, 2)[0]  # [T, d, H, W]
+            latent = tokenizer.encode_latent(from_pixels(frames)[None]).detach().movedim(1, 2)[0]  # [T, d, H, W]
             torch.testing.assert_close(item["latent"], latent, atol=2e-3, rtol=2e-3)
             again = tokenizer.quantizer.quantize(item["latent"].movedim(0, 1)[None], dataset.schedule).tokens()[0]
             assert torch.equal(item["tokens"], again)  # exactly, whatever rounding did
-            agree.append((item["tokens"] == tokenizer.encode(to_video(frames)[None]).tokens()[0]).float().mean())
+            agree.append((item["tokens"] == tokenizer.encode(from_pixels(frames)[None]).tokens()[0]).float().mean())
             text = ByteTextEncoder(16).encode(record["caption"]).astype(np.float16).astype(np.float32)
             np.testing.assert_array_equal(item["text"].numpy(), text)
         assert np.mean(agree) > 0.999  # all but bits within a float16 rounding of zero
@@ -308,9 +309,9 @@ def test_options_that_change_the_records(base: Path, tmp_path: Path):
     record = ShardFolder(out / "00000")[0]
     assert "latent" not in record and len(record["text"]) % (24 * 2) == 0 and len(record["packed"]) == 2 * 5
     frames = read_clip(ShardFolder(config.shards)[0], choose_decoder(), 5, 32, 32, fps=4.0)
-    tokens = encoder.tokenizer.encode(to_video(frames)[None]).tokens()
+    tokens = encoder.tokenizer.encode(from_pixels(frames)[None]).tokens()
     assert (np.unpackbits(np.frombuffer(record["packed"], np.uint8)) == tokens.numpy().ravel()).mean() > 0.98
     plain = encoder.tokenizer.encode(
-        to_video(read_clip(ShardFolder(config.shards)[0], choose_decoder(), 5, 32, 32))[None]
+        from_pixels(read_clip(ShardFolder(config.shards)[0], choose_decoder(), 5, 32, 32))[None]
     )
     assert not torch.equal(plain.tokens(), tokens)

@@ -42,7 +42,7 @@ def test_overrides_and_round_trip(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"p_masc": 0.1}, "p_masc"),
-        ({"p_mask": 1.5}, "p_mask 1.5"),
+        ({"p_mask": 1.5}, "p_mask is 1.5"),
         ({"micro_batch_size": 3}, "microbatches of 3"),
         ({"error_correction": {"p_max": 0.7}}, "p_max 0.7"),
         ({"codes": []}, "no codes"),
