@@ -7,6 +7,8 @@ forward_over_conv_floor   on one core (or a GPU): time of the encoder's forward 
                           both the best of their repetitions in this process; FLOPs as torch.utils.flop_counter counts them
 stream_memory_ratio       peak memory of encoding and decoding 129 frames as a stream over that of 17 frames at once, both above what the
                           loaded tokenizer takes, each in a process of its own
+compiled_step_ratio       time of a training step (forward and backward) with the recipe's `compile` over that without, of the recipe
+                          shapes-all-terms.yaml (its width is a quarter) at 17x64x64; `compile_seconds` is what the first step took longer
 """
 
 from __future__ import annotations
@@ -18,14 +20,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.report import hardware, report
+from tokenizer import settings
+from tokenizer.objective import Generator
 from tokenizer.streaming import decode_stream, encode_stream
 from tokenizer.tokenizer import TokenizerConfig, VideoTokenizer
+from tokenizer.train_config import TokenizerTrainConfig
+
+RECIPE = Path(__file__).parents[1] / "tokenizer" / "configs" / "shapes-all-terms.yaml"
 
 LARGE = (256, 9, 64, 64)  # channels, frames, height, width of the convolution that sets the rate
 
@@ -43,7 +52,8 @@ def main() -> None:
     torch.set_num_threads(args.threads if args.only else 1)
     if args.only:
         kind, frames, size = args.only.split(",")
-        print(json.dumps(memory_and_rate(kind, int(frames), int(size), args.device)))
+        part = compiled_step if kind == "compiled" else partial(memory_and_rate, kind)
+        print(json.dumps(part(int(frames), int(size), args.device)))
         return
     results: dict[str, Any] = {}
     for dtype in (torch.float32, torch.bfloat16) if args.device == "cpu" else (torch.bfloat16,):
@@ -63,6 +73,7 @@ def main() -> None:
     whole, stream = alone("both", 17, args.sizes[0], args), alone("stream", 129, args.sizes[0], args)
     results["stream_memory_ratio"] = round(stream["above_gb"] / whole["above_gb"], 3)
     results["stream_129_frames_seconds"] = round(stream["seconds"], 2)
+    results |= alone("compiled", 17, 64, args)
     report(
         "tokenizer" if args.device == "cpu" else "tokenizer_gpu",
         hardware(args.device, args.threads),
@@ -125,7 +136,7 @@ def best(run: Callable[[], Any], device: str, repeat: int) -> float:
 
 
 def alone(kind: str, frames: int, size: int, args: argparse.Namespace) -> dict[str, float]:
-    """`memory_and_rate` in a process of its own."""
+    """One part in a process of its own."""
     words = ["--only", f"{kind},{frames},{size}", "--device", args.device, "--threads", str(args.threads)]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.tokenizer", *words], check=True, capture_output=True, text=True
@@ -164,6 +175,29 @@ def memory_and_rate(kind: str, frames: int, size: int, device: str) -> dict[str,
     _wait(device)
     seconds, peak = time.perf_counter() - started, _peak(device)
     return {"seconds": seconds, "peak_gb": peak, "above_gb": peak - before}
+
+
+def compiled_step(frames: int, size: int, device: str) -> dict[str, float]:
+    """What `torch.compile` gains in training, and what it costs at the beginning."""
+    recipe = settings.load(TokenizerTrainConfig, RECIPE)
+    video = (torch.rand(4, 3, frames, size, size) * 2 - 1).to(device)
+    steps = []
+    for compiled in (False, True):
+        generator = Generator(VideoTokenizer(recipe.tokenizer).to(device).train(), recipe.precision)
+        if compiled:
+            generator.tokenizer.encoder.compile()
+            generator.tokenizer.decoder.compile()
+
+        def step(generator: Generator = generator) -> None:
+            generator(video)["video"].square().mean().backward()
+            generator.zero_grad()
+
+        steps.append(step)
+    first = [best(step, device, 1) for step in steps]
+    for step in steps:
+        step()
+    times = [min(several) for several in zip(*([best(step, device, 1) for step in steps] for _ in range(5)))]
+    return {"compiled_step_ratio": round(times[1] / times[0], 3), "compile_seconds": round(first[1] - times[1], 1)}
 
 
 def _now(device: str) -> float:
