@@ -1,23 +1,20 @@
-"""The objective: what a batch of codes becomes for the model, and the bit-wise loss on its logits (DESIGN section 2)."""
+"""The objective: what a batch of codes becomes for the model (DESIGN section 2)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipelines.code_stream import CodeBatch
+from pretrain.bitwise_loss import TokenWeight
 from pretrain.error_correction import ErrorCorrectionConfig, corrupt, draw_flips, flip_ratios
 from pretrain.frame_mask import draw_frame_mask
 from pretrain.randomness import Purpose, Randomness
 from tokenizer.errors import UserError
 from tokenizer.resample import DownMode
 from tokenizer.sequence import SequenceLayout, video_inputs
-
-TokenWeight = Literal["uniform", "scale"]
 
 
 @dataclass(frozen=True)
@@ -102,49 +99,3 @@ def prepare(batch: CodeBatch, config: ObjectiveConfig, layout: SequenceLayout, t
         )
     one = torch.ones_like(batch.text_lengths)
     return ModelInputs(inputs, targets, batch.class_ids, one, frame_mask, drop_condition)
-
-
-def token_weights(layout: SequenceLayout, kind: TokenWeight) -> Tensor:
-    """The weight of each target token of a clip, float32 [T * N], with sum 1."""
-    schedule = layout.schedule
-    area = schedule.grid[0] * schedule.grid[1]
-    weights = [1.0 if kind == "uniform" else (area / tokens) ** 0.5 for tokens in schedule.split()]
-    frame = torch.tensor(weights).repeat_interleave(torch.tensor(schedule.split()))  # [N]
-    every = frame.repeat(layout.num_frames)
-    return every / every.sum()
-
-
-def bitwise_loss(
-    logits: Tensor, targets: Tensor, layout: SequenceLayout, token_weight: TokenWeight = "uniform"
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Bit-wise binary cross-entropy: mean over bits, weighted mean over a clip's tokens, sum over clips.
-
-    Args:
-        logits: float32 [B, V, d]; the rows of context blocks are ignored.
-        targets: bool [B, T, N, d].
-        layout: the sequence.
-        token_weight: see `ObjectiveConfig`.
-
-    Returns:
-        The sum of the clips' losses (to be divided by the clips of the global batch), the number of clips, and sums over clips
-        to report: "bit_accuracy" (share of right bits), the same by scale and by frame, and the unweighted loss by scale.
-    """
-    frames, schedule = layout.num_frames, layout.schedule
-    if layout.context_block:
-        logits = logits[:, layout.target.to(logits.device)]
-    wanted = targets.flatten(1, 2)  # [B, T, N, d] -> [B, T * N, d]
-    entropy = F.binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype), reduction="none").mean(
-        -1
-    )  # [B, T * N]
-    loss = (entropy * token_weights(layout, token_weight).to(entropy)).sum()
-    with torch.no_grad():
-        right = ((logits > 0) == wanted).float().mean(-1).sum(0).view(frames, -1)  # [T, N], summed over clips
-        by_token = entropy.detach().sum(0).view(frames, -1)
-        report = {"bit_accuracy": right.mean()}
-        sizes = schedule.split()
-        for scale, (part, part_loss) in enumerate(zip(right.split(sizes, dim=1), by_token.split(sizes, dim=1))):
-            report[f"bit_accuracy/scale_{scale}"] = part.mean()
-            report[f"loss/scale_{scale}"] = part_loss.mean()
-        for frame in range(frames):
-            report[f"bit_accuracy/frame_{frame}"] = right[frame].mean()
-    return loss, torch.tensor(len(logits), device=logits.device), report

@@ -1,8 +1,7 @@
-"""The loss against naive loops, and what preparation draws or leaves alone."""
+"""What preparation draws or leaves alone."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from data_pipelines.code_stream import CodeBatch
 from pretrain.error_correction import ErrorCorrectionConfig
-from pretrain.objective import ObjectiveConfig, bitwise_loss, prepare, token_weights
+from pretrain.objective import ObjectiveConfig, prepare
 from pretrain.randomness import Purpose, Randomness
 from pretrain.schedule import learning_rate
 from tokenizer.codes import Codes
@@ -42,64 +41,6 @@ def _batch() -> CodeBatch:
 def _config(**changes) -> ObjectiveConfig:
     values = dict(randomness=Randomness(3), error_correction=ErrorCorrectionConfig(), p_mask=0.5, condition_dropout=0.5)
     return ObjectiveConfig(**(values | changes))
-
-
-@pytest.mark.parametrize("context_block", [False, True])
-@pytest.mark.parametrize("kind", ["uniform", "scale"])
-def test_loss_equals_naive_loops(kind, context_block: bool) -> None:
-    layout = SequenceLayout(SCHEDULE, FRAMES, TEXT, context_block)
-    generator = torch.Generator().manual_seed(1)
-    logits = 3 * torch.randn(BATCH, layout.video_tokens, DIM, generator=generator)
-    targets = torch.rand(BATCH, FRAMES, SCHEDULE.tokens_per_frame, DIM, generator=generator) < 0.5
-    loss, clips, report = bitwise_loss(logits, targets, layout, kind)
-
-    expected = 0.0
-    right = {("scale", k): [0, 0] for k in range(SCHEDULE.num_scales)} | {("frame", t): [0, 0] for t in range(FRAMES)}
-    for clip in range(BATCH):
-        weighted = total = 0.0
-        for frame in range(FRAMES):
-            row, token = frame * layout.frame_tokens, 0
-            for k, (height, width) in enumerate(SCHEDULE.scales):
-                for _ in range(height * width):
-                    weight = 1.0 if kind == "uniform" else math.sqrt(15 / (height * width))
-                    entropy = 0.0
-                    for j in range(DIM):
-                        bit, logit = bool(targets[clip, frame, token, j]), float(logits[clip, row, j])
-                        entropy -= math.log(1 / (1 + math.exp(-logit if bit else logit))) / DIM
-                        for key in (("scale", k), ("frame", frame)):
-                            right[key][0] += (logit > 0) == bit
-                            right[key][1] += 1
-                    weighted, total = weighted + weight * entropy, total + weight
-                    row, token = row + 1, token + 1
-        expected += weighted / total
-    assert float(loss) == pytest.approx(expected, rel=1e-5)
-    assert int(clips) == BATCH
-    for (what, index), (count, of) in right.items():
-        assert float(report[f"bit_accuracy/{what}_{index}"]) / BATCH == pytest.approx(count / of, abs=1e-6)
-    if kind == "uniform":
-        by_scale = (
-            sum(float(report[f"loss/scale_{k}"]) * SCHEDULE.tokens(k) for k in range(SCHEDULE.num_scales))
-            / SCHEDULE.tokens_per_frame
-        )
-        assert by_scale == pytest.approx(expected, rel=1e-5)
-
-
-def test_loss_is_a_sum_over_clips_and_gives_context_rows_no_gradient() -> None:
-    layout = SequenceLayout(SCHEDULE, FRAMES, TEXT, context_block=True)
-    logits = torch.randn(BATCH, layout.video_tokens, DIM, requires_grad=True)
-    targets = torch.zeros(BATCH, FRAMES, SCHEDULE.tokens_per_frame, DIM, dtype=torch.bool)
-    whole, _, _ = bitwise_loss(logits, targets, layout)
-    parts = [bitwise_loss(logits[i : i + 1], targets[i : i + 1], layout)[0] for i in range(BATCH)]
-    torch.testing.assert_close(whole, torch.stack(parts).sum())
-    whole.backward()
-    assert logits.grad is not None and not logits.grad[:, ~layout.target].any() and logits.grad[:, layout.target].all()
-
-
-def test_token_weights_sum_to_one_and_favour_coarse_scales() -> None:
-    layout = SequenceLayout(SCHEDULE, FRAMES, TEXT)
-    weights = token_weights(layout, "scale")
-    assert weights.sum() == pytest.approx(1.0)
-    assert float(weights[0] / weights[5]) == pytest.approx(math.sqrt(6))  # 1x1 against 2x3
 
 
 def _plain(batch: CodeBatch, layout: SequenceLayout) -> Tensor:
