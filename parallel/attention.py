@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from inference.config import ModelConfig
 from inference.rope import rotary_angles
-from parallel.frame_attention import FrameMask, frame_attention
+from parallel.frame_attention import Visibility, frame_attention
 from parallel.rotary import full_angles, rotate
 from tokenizer.errors import UserError
 from tokenizer.sequence import SequenceLayout
@@ -61,7 +61,7 @@ class AttentionContext:
 
     cos: Tensor
     sin: Tensor
-    mask: FrameMask | Tensor | BlockMask
+    mask: Visibility | Tensor | BlockMask
 
     @classmethod
     def build(
@@ -86,10 +86,10 @@ class AttentionContext:
         positions = layout.positions(text_lengths, config.rope_scaled_spatial, flat=config.rope == "flat")
         angles = rotary_angles(positions, config.head_dim, config.rope_theta)  # [B, S, D/2]
         if backend == "flex":
-            mask: FrameMask | Tensor | BlockMask = flex_mask(layout, text_lengths, frame_mask, config.window)
+            mask: Visibility | Tensor | BlockMask = flex_mask(layout, text_lengths, frame_mask, config.window)
         elif backend == "frames":
             batch, device = text_lengths.shape[0], text_lengths.device
-            mask = FrameMask(layout, text_lengths, layout.frames_visible(batch, frame_mask, config.window, device))
+            mask = Visibility(layout, text_lengths, layout.frames_visible(batch, frame_mask, config.window, device))
         else:
             visible = layout.attention_mask(text_lengths, frame_mask, config.window)  # [B, S, S]
             # additive: a boolean mask would be turned into this one again in every layer
@@ -143,7 +143,7 @@ class BlockCausalAttention(torch.nn.Module):
         """Queries, keys and values [S, B, heads, D] -> [S, B, heads * D]."""
         context = attention_bias
         assert context is not None and packed_seq_params is None
-        if isinstance(context.mask, FrameMask):
+        if isinstance(context.mask, Visibility):
             return frame_attention(query, key, value, context.cos, context.sin, context.mask)
         query, key = (rotate(one, context.cos, context.sin) for one in (query, key))
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [B, heads, S, D]

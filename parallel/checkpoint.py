@@ -25,12 +25,15 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
 from parallel.cpu import cuda_redirected
+from parallel.ema import Ema
 from parallel.model import unwrap
 from parallel.train_step import update
 from tokenizer.errors import UserError
 from tokenizer.files import sync
 
 MARKER = "complete.json"
+EMA_UPDATES = "ema_updates"
+"""In `common`, where the checkpoint holds running means."""
 
 
 def save(
@@ -40,6 +43,7 @@ def save(
     optimizer: MegatronOptimizer,
     common: dict[str, Any],
     keep: int | None = None,
+    ema: Ema | None = None,
 ) -> Path:
     """Writes `directory/step-<step>`. Every rank must call it.
 
@@ -49,6 +53,7 @@ def save(
         chunks, optimizer: of `build_model` and `build_optimizer`.
         common: what is the same on all ranks: data position, configuration (anything that pickles).
         keep: how many checkpoints stay, the newest ones; None: all.
+        ema: running means to keep beside the weights.
 
     Returns:
         The checkpoint's folder.
@@ -62,8 +67,8 @@ def save(
         temporary.mkdir()
     dist.barrier()
     with cuda_redirected():
-        state = _state(chunks, optimizer, loading=False)
-        state["common"] = common
+        state = _state(chunks, optimizer, ema, loading=False)
+        state["common"] = common | ({EMA_UPDATES: ema.updates} if ema else {})
         dist_checkpointing.save(state, str(temporary), sharded_strategy=_InProcessSave("torch_dist", 1, thread_count=1))
     if dist.get_rank() == 0:
         _write_marker(temporary / MARKER, {"step": step})
@@ -99,7 +104,10 @@ def load_common(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def load(
-    checkpoint: str | Path, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None = None
+    checkpoint: str | Path,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer | None = None,
+    ema: Ema | None = None,
 ) -> dict[str, Any]:
     """Reads a checkpoint, whatever layout wrote it. Every rank must call it.
 
@@ -107,6 +115,7 @@ def load(
         checkpoint: a `step-N` folder.
         chunks: of `build_model`.
         optimizer: None reads the weights alone (then build the optimizer after this call, so that it copies them).
+        ema: takes the checkpoint's running means; where it has none, they begin at its weights.
 
     Returns:
         The `common` dictionary.
@@ -120,8 +129,9 @@ def load(
         for chunk in chunks:
             chunk.zero_grad_buffer()  # type: ignore[operator]
         update(optimizer, 0.0)
+    ema_updates = load_common(folder).get(EMA_UPDATES)
     with cuda_redirected():
-        state = _state(chunks, optimizer, loading=True)
+        state = _state(chunks, optimizer, ema if ema_updates is not None else None, loading=True)
         try:
             loaded = cast(dict[str, Any], dist_checkpointing.load(state, str(folder)))
         except (KeyError, CheckpointingException, CheckpointException) as error:
@@ -132,12 +142,17 @@ def load(
             ) from error
         for index, chunk in enumerate(chunks):
             unwrap(chunk).load_state_dict(loaded[f"model{index}"])
+        if ema is not None:
+            source = "model" if ema_updates is None else "ema"
+            ema.load([loaded[f"{source}{index}"] for index in range(len(chunks))], ema_updates or 0)
         if optimizer is not None:
             _load_optimizer(optimizer, loaded["optimizer"])
     return loaded["common"]
 
 
-def _state(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, loading: bool) -> dict[str, Any]:
+def _state(
+    chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, ema: Ema | None, loading: bool
+) -> dict[str, Any]:
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -146,8 +161,10 @@ def _state(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | Non
         f"model{index}": unwrap(chunk).sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)
     }
     if optimizer is not None:
-        model = {key: value for index in range(len(chunks)) for key, value in state[f"model{index}"].items()}
-        state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
+        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
+    if ema is not None:
+        means = ema.sharded([state[f"model{index}"] for index in range(len(chunks))])
+        state |= {f"ema{index}": one for index, one in enumerate(means)}
     return state
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,40 +24,48 @@ def _set_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
     torch.set_rng_state(state)
 
 
-def _exchange(send: Tensor, receive: Tensor, group: dist.ProcessGroup) -> None:
-    """With the other one of two ranks."""
-    peer = dist.get_global_rank(group, 1 - group.rank())
-    sent = dist.isend(send.contiguous(), peer, group=group)
-    dist.recv(receive, peer, group=group)
-    if sent is not None:
-        sent.wait()
+class _Exchange:
+    """The handle of two ranks' messages to each other.
 
+    Args:
+        send, receive: tensors of one shape; both must stay as they are until `wait` is over.
+        group: the two ranks.
+        finish: what is left to do when they are there.
+        async_op: whether the caller waits later; megatron computes in between.
+    """
 
-class _Done:
-    """The handle of a collective that is over."""
+    def __init__(
+        self, send: Tensor, receive: Tensor, group: dist.ProcessGroup, finish: Callable[[], Any], async_op: bool
+    ):
+        peer = dist.get_global_rank(group, 1 - group.rank())
+        self._sent = send.contiguous()  # kept until it is away
+        self._works = [dist.isend(self._sent, peer, group=group), dist.irecv(receive, peer, group=group)]
+        self._finish = finish
+        if not async_op:
+            self.wait()
 
     def wait(self) -> None:
-        pass
+        """Returns when `receive` is complete."""
+        for work in self._works:
+            if work is not None:
+                work.wait()
+        self._finish()
 
 
 def _all_gather(output: Tensor, input: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> Any:
     """Between two CPU ranks an exchange of halves takes less than half of the time of gloo's collective."""
     if group.size() != 2:
         return dist.all_gather_into_tensor(output, input, group=group, async_op=async_op)
-    halves = output.chunk(2)
-    _exchange(input, halves[1 - group.rank()], group)
-    halves[group.rank()].copy_(input)
-    return _Done()
+    mine, other = (output.chunk(2)[rank] for rank in (group.rank(), 1 - group.rank()))
+    return _Exchange(input, other, group, lambda: mine.copy_(input), async_op)
 
 
 def _reduce_scatter(output: Tensor, input: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> Any:
     """As `_all_gather`."""
     if group.size() != 2:
         return dist.reduce_scatter_tensor(output, input, group=group, async_op=async_op)
-    halves = input.chunk(2)
-    _exchange(halves[1 - group.rank()], output, group)
-    output.add_(halves[group.rank()])
-    return _Done()
+    mine, other = (input.chunk(2)[rank] for rank in (group.rank(), 1 - group.rank()))
+    return _Exchange(other, output, group, lambda: output.add_(mine), async_op)
 
 
 # (owner, attribute, replacement)

@@ -33,7 +33,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class FrameMask:
+class Visibility:
     """Visibility (Eq. 9) as what it is made of; `groups` equals `SequenceLayout.attention_mask` without the end padding.
 
     Args:
@@ -73,7 +73,7 @@ def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 
-def frame_attention(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, mask: FrameMask) -> Tensor:
+def frame_attention(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, mask: Visibility) -> Tensor:
     """Rotates queries and keys and attends: softmax(q k' / sqrt(D)) v under the mask.
 
     Args:
@@ -92,7 +92,7 @@ class _FrameAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, mask: FrameMask
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, mask: Visibility
     ) -> Tensor:
         ctx.save_for_backward(query, key, value, cos, sin)
         ctx.mask = mask
@@ -148,6 +148,5 @@ def _heads(x: Tensor) -> Tensor:
 def _probabilities(q: Tensor, k: Tensor, group: Group) -> Tensor:
     """[B * heads, rows, keys]."""
     scores = torch.bmm(q[:, group.rows], k[:, group.keys].transpose(1, 2))
-    batch = group.hidden.shape[0]
-    scores.view(batch, -1, *scores.shape[1:]).add_(group.hidden[:, None])  # [B, heads, rows, keys]
+    scores.unflatten(0, (group.hidden.shape[0], -1)).add_(group.hidden[:, None])  # [B, heads, rows, keys]
     return torch.softmax(scores, dim=-1)

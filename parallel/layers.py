@@ -109,8 +109,13 @@ def use_transformer_engine(wanted: str) -> bool:
     return chosen
 
 
-def block_spec(config: TransformerConfig, transformer_engine: bool) -> TransformerBlockSubmodules:
-    """This pipeline stage's layers. Both back ends have the same modules and parameter names, so checkpoints fit both."""
+def block_spec(
+    config: TransformerConfig, transformer_engine: bool, virtual_stage: int | None
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage, or of one of its virtual stages.
+
+    Both back ends have the same modules and parameter names, so checkpoints fit both.
+    """
     if transformer_engine:
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
@@ -145,7 +150,9 @@ def block_spec(config: TransformerConfig, transformer_engine: bool) -> Transform
             mlp_bda=get_bias_dropout_add,  # type: ignore[arg-type]
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)  # type: ignore[arg-type]
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config, virtual_stage), layer_norm=norm
+    )  # type: ignore[arg-type]
 
 
 def _leave_empty(weight: Tensor) -> None:
@@ -158,6 +165,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
     recompute: dict[str, Any] = {}
     if parallel.recompute == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif parallel.recompute == "selective":
+        recompute = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -177,9 +186,12 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         use_cpu_initialization=not has_cuda,
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_stages,
         sequence_parallel=parallel.shares_sequence,
         params_dtype=parallel.dtype,
         pipeline_dtype=parallel.dtype,
+        # interleaved, two stages are each other's neighbour on both sides: a batch of messages would cross over
+        batch_p2p_comm=parallel.virtual_stages is None,
         bf16=parallel.dtype == torch.bfloat16,
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,

@@ -26,16 +26,18 @@ class VideoARMegatron(MegatronModule):
     Args:
         model: the network.
         parallel: its layout over the processes that `parallel.setup.initialize` laid.
+        virtual_stage: which of the stage's pieces of the depth, with `virtual_pipeline_size` above 1.
     """
 
-    def __init__(self, model: ModelConfig, parallel: ParallelConfig):
+    def __init__(self, model: ModelConfig, parallel: ParallelConfig, virtual_stage: int | None = None):
         config = transformer_config(model, parallel)
         super().__init__(config)
         self.model_config, self.parallel = model, parallel
         # the attributes that megatron's schedules and gradient reductions read
         self.model_type = ModelType.encoder_or_decoder
-        self.pre_process = parallel_state.is_pipeline_first_stage()
-        self.post_process = parallel_state.is_pipeline_last_stage()
+        self.vp_stage = virtual_stage
+        self.pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual_stage)
+        self.post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage)
         self.share_embeddings_and_output_weights = False
         self.tp_group = tensor_group()
 
@@ -43,9 +45,10 @@ class VideoARMegatron(MegatronModule):
             self.embedding = InputEmbedding(model)
         self.decoder = TransformerBlock(
             config,
-            block_spec(config, use_transformer_engine(parallel.transformer_engine)),
+            block_spec(config, use_transformer_engine(parallel.transformer_engine), virtual_stage),
             pre_process=self.pre_process,
             post_process=self.post_process,
+            vp_stage=virtual_stage,
         )
         if self.post_process:
             self.head = torch.nn.Linear(model.hidden_size, model.bits, bias=False)

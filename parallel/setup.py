@@ -13,7 +13,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from inference.config import ModelConfig
 from parallel.cpu import cuda_redirected
-from tokenizer.errors import UserError
+from tokenizer.errors import UserError, check_each
 from tokenizer.precision import Precision, uses_bfloat16
 
 
@@ -24,19 +24,22 @@ class ParallelConfig:
     Args:
         tensor_parallel_size: processes that share each layer's matrices.
         pipeline_parallel_size: stages that share the depth.
+        virtual_pipeline_size: pieces of the depth that each stage holds, taking turns (interleaved 1F1B): smaller bubbles, more messages.
         sequence_parallel: the tensor-parallel ranks also share the tokens outside the matrices (no effect at tensor parallel 1).
         precision: of parameters and activations, "auto" is bfloat16 where the device computes in it; the optimizer's copies,
             gradients and logits are float32 always.
-        recompute: "full" keeps only each layer's input and computes the rest again in the backward pass.
+        recompute: "full" keeps only each layer's input and computes the rest again in the backward pass; "selective" does so with
+            the feed-forward networks, whose activations are most of a layer's (attention keeps no scores with any back end).
         transformer_engine: "auto" takes Transformer Engine's layers where they are installed and a GPU is there; "on" demands them.
         attention: "frames" (frame by frame), "sdpa" (dense mask), "flex" (FlexAttention, GPU), or "auto": flex on a GPU, else frames.
     """
 
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    virtual_pipeline_size: int = 1
     sequence_parallel: bool = True
     precision: Precision = "float32"
-    recompute: Literal["none", "full"] = "none"
+    recompute: Literal["none", "selective", "full"] = "none"
     transformer_engine: Literal["auto", "on", "off"] = "auto"
     attention: Literal["auto", "frames", "sdpa", "flex"] = "auto"
 
@@ -44,6 +47,16 @@ class ParallelConfig:
     def shares_sequence(self) -> bool:
         """Whether sequence parallelism is really on."""
         return self.sequence_parallel and self.tensor_parallel_size > 1
+
+    @property
+    def virtual_stages(self) -> int | None:
+        """megatron's name for `virtual_pipeline_size`, None without interleaving."""
+        return self.virtual_pipeline_size if self.virtual_pipeline_size > 1 else None
+
+    @property
+    def microbatch_multiple(self) -> int:
+        """What the number of microbatches of a step must be a multiple of."""
+        return self.pipeline_parallel_size if self.virtual_pipeline_size > 1 else 1
 
     @property
     def sequence_multiple(self) -> int:
@@ -93,12 +106,27 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, world_size: int) 
             raise UserError(
                 f"{what} {value} does not divide by {name} {size}: choose {name} {works} or {what} {_neighbours(value, size)}."
             )
+    virtual = parallel.virtual_pipeline_size
+    if model.num_layers % (pipeline * virtual):
+        works = max(size for size in range(1, virtual) if model.num_layers % (pipeline * size) == 0)
+        raise UserError(
+            f"num_layers {model.num_layers} does not divide by pipeline_parallel_size {pipeline} x virtual_pipeline_size {virtual}: choose "
+            f"virtual_pipeline_size {works} or num_layers {_neighbours(model.num_layers, pipeline * virtual)}."
+        )
 
 
 def _check_processes(parallel: ParallelConfig, world_size: int) -> None:
     tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
-    if min(tensor, pipeline) < 1:
-        raise UserError(f"tensor_parallel_size {tensor} and pipeline_parallel_size {pipeline} must be at least 1.")
+    check_each(
+        parallel,
+        ("tensor_parallel_size", "pipeline_parallel_size", "virtual_pipeline_size"),
+        lambda value: value >= 1,
+        "be at least 1",
+    )
+    if parallel.virtual_pipeline_size > 1 and pipeline == 1:
+        raise UserError(
+            f"virtual_pipeline_size {parallel.virtual_pipeline_size} needs a pipeline: set pipeline_parallel_size to 2 or more, or it to 1."
+        )
     both = tensor * pipeline
     if world_size % both:
         raise UserError(
@@ -147,6 +175,7 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30.
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+            virtual_pipeline_model_parallel_size=parallel.virtual_stages,
             # gloo groups beside gloo groups would only be copies
             create_gloo_process_groups=has_cuda,
         )

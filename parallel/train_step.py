@@ -8,6 +8,7 @@ gradient_norm = update(optimizer, lr)
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import Adam, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -30,6 +31,8 @@ from parallel.model import VideoARMegatron, unwrap
 from parallel.setup import ParallelConfig, ProcessInfo, check_layout, data_group, pipeline_group
 from tokenizer.errors import UserError
 from tokenizer.sequence import SequenceLayout
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -72,7 +75,7 @@ class StepResult:
 def build_model(
     model: ModelConfig, parallel: ParallelConfig, info: ProcessInfo, seed: int | None = None
 ) -> list[DistributedDataParallel]:
-    """This process's part of the network, wrapped for data parallelism.
+    """This process's part of the network, wrapped for data parallelism: one chunk, or one for each virtual stage.
 
     Args:
         model: the network.
@@ -84,18 +87,20 @@ def build_model(
         UserError: heads, feed-forward or layers do not divide by the layout.
     """
     check_layout(model, parallel, info.world_size)
+    virtual = [None] if parallel.virtual_stages is None else range(parallel.virtual_stages)
     with cuda_redirected():
-        stage = VideoARMegatron(model, parallel).to(info.device)
+        stages = [VideoARMegatron(model, parallel, stage).to(info.device) for stage in virtual]
         if seed is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                load_reference([stage], VideoARTransformer(model).state_dict())
+                load_reference(stages, VideoARTransformer(model).state_dict())
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
         )
-        chunk = DistributedDataParallel(stage.config, ddp, stage)
-    stage.config.finalize_model_grads_func = finalize_model_grads
-    return [chunk]
+        chunks = [DistributedDataParallel(stage.config, ddp, stage) for stage in stages]
+    for stage in stages:
+        stage.config.finalize_model_grads_func = finalize_model_grads
+    return chunks
 
 
 def build_optimizer(
@@ -134,12 +139,15 @@ def build_optimizer(
     )
     no_decay = ParamKey(predicate=ParamPredicate(name="no_matrix", fn=lambda parameter: parameter.dim() < 2))
     with cuda_redirected():
-        return get_megatron_optimizer(
+        optimizer = get_megatron_optimizer(
             config,
             list(chunks),  # type: ignore[arg-type]
             config_overrides={no_decay: ParamGroupOverride(wd_mult=0.0)},  # type: ignore[call-overload]
             use_gloo_process_groups=torch.cuda.is_available(),
         )
+    # megatron takes Transformer Engine's fused AdamW, else Apex's, else torch's: whichever is installed
+    log.info("optimizer: %s of %s", Adam.__name__, Adam.__module__.split(".")[0])
+    return optimizer
 
 
 def forward_backward(
@@ -157,11 +165,15 @@ def forward_backward(
         training: False computes the loss only.
 
     Raises:
-        ValueError: the microbatches differ in layout or size.
+        ValueError: the microbatches differ in layout or size, or their number does not fit an interleaved pipeline.
     """
     first = microbatches[0]
     if any(m.layout != first.layout or m.inputs.shape != first.inputs.shape for m in microbatches):
         raise ValueError("the microbatches of one step must have one layout and one number of clips")
+    if len(microbatches) % (multiple := unwrap(chunks[0]).parallel.microbatch_multiple):
+        raise ValueError(
+            f"{len(microbatches)} microbatches are no multiple of the {multiple} interleaved pipeline stages"
+        )
 
     def forward_step(iterator: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         batch = next(iterator)
@@ -183,7 +195,8 @@ def forward_backward(
     with cuda_redirected(), torch.set_grad_enabled(training):
         reports = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(microbatches),
+            # each virtual stage goes through the microbatches by itself
+            data_iterator=iter(microbatches) if len(chunks) == 1 else [iter(microbatches) for _ in chunks],
             model=list(chunks),
             num_microbatches=len(microbatches),
             seq_length=first.layout.length,

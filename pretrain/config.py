@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from parallel.setup import ParallelConfig
+from pretrain.bitwise_loss import TokenWeight
 from pretrain.error_correction import ErrorCorrectionConfig
-from pretrain.objective import TokenWeight
-from tokenizer.errors import UserError
+from tokenizer.errors import UserError, check_each
 from tokenizer.metrics_log import WandbConfig
 
 
@@ -57,6 +57,7 @@ class OptimizerConfig:
         min_lr_ratio: what is left of the peak at a stage's end.
         betas, eps, weight_decay: AdamW's; only matrices decay.
         clip_grad: largest gradient norm.
+        ema_decay: of the running mean of the weights that is validated and exported in their place; 0: there is none.
     """
 
     lr: float = 1e-4
@@ -66,6 +67,10 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.05
     clip_grad: float = 1.0
+    ema_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_each(self, ("ema_decay",), lambda value: 0 <= value < 1, "be from 0 to below 1", "optimizer.")
 
 
 @dataclass(frozen=True)
@@ -123,9 +128,8 @@ class StageConfig:
                 f"stage '{self.name}' has {self.steps} steps of {self.global_batch_size} clips in microbatches of "
                 f"{self.micro_batch_size}: use at least 1 step and a global_batch_size that micro_batch_size divides."
             )
-        for name in ("p_mask", "condition_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"stage '{self.name}' has {name} {getattr(self, name)}: a probability lies in [0, 1].")
+        probabilities, where = ("p_mask", "condition_dropout"), f"stage '{self.name}': "
+        check_each(self, probabilities, lambda value: 0 <= value <= 1, "be from 0 to 1", where)
         if not self.codes:
             raise UserError(f"stage '{self.name}' has no codes: list at least one source with its `dir`.")
 
@@ -170,9 +174,8 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if not self.stages:
             raise UserError("a pretraining run needs at least one stage: list them under `stages`.")
-        for name in ("checkpoint_every", "keep", "validation_batches", "log_every", "shards_per_window"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1.")
+        counts = ("checkpoint_every", "keep", "validation_batches", "log_every", "shards_per_window")
+        check_each(self, counts, lambda value: value >= 1, "be at least 1")
 
     def rooted(self) -> PretrainConfig:
         """The same run with every relative path joined to `root`; URLs stay."""

@@ -15,6 +15,7 @@ from inference.checkpoint import load_model, save_weights
 from inference.config import ModelConfig
 from parallel import checkpoint as checkpoints
 from parallel.convert import gather_reference
+from parallel.ema import Ema
 from parallel.setup import ParallelConfig, destroy, initialize
 from parallel.train_step import build_model
 from pretrain.stages import read_tokenizer
@@ -29,7 +30,8 @@ def export(
 ) -> ModelConfig:
     """Writes a model that `VideoARPipeline.from_pretrained` loads. It needs one process, whatever layout trained.
 
-    The recorded grids and number of frames are the finest and longest of the stages trained so far. The configuration is
+    Where the run kept running means of the weights (`optimizer.ema_decay`), they are exported. The recorded grids and number
+    of frames are the finest and longest of the stages trained so far. The configuration is
     written last, so that an export that was cut short is not taken for a model.
 
     Args:
@@ -55,7 +57,10 @@ def export(
     try:
         info = initialize(layout, seed=0)
         chunks = build_model(model, layout, info)
-        checkpoints.load(folder, chunks)
+        ema = Ema(chunks, decay=0.0) if common.get(checkpoints.EMA_UPDATES) is not None else None
+        checkpoints.load(folder, chunks, ema=ema)
+        if ema is not None:
+            ema.take_over()
         state = gather_reference(chunks)
         temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
         try:

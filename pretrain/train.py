@@ -19,10 +19,12 @@ from torch import Tensor
 from data_pipelines.code_stream import CodeBatch
 from inference.config import ModelConfig
 from parallel import checkpoint
+from parallel.ema import Ema
 from parallel.setup import ParallelConfig, ProcessInfo, destroy, initialize
 from parallel.train_step import Microbatch, StepResult, build_model, build_optimizer, forward_backward, update
+from pretrain.bitwise_loss import bitwise_loss
 from pretrain.config import PretrainConfig
-from pretrain.objective import ObjectiveConfig, bitwise_loss, prepare
+from pretrain.objective import ObjectiveConfig, prepare
 from pretrain.schedule import learning_rate
 from pretrain.stages import Plan, StagePlan, layout_for, make_plan
 from tokenizer import settings
@@ -108,6 +110,7 @@ class Trainer:
         self.optimizer = build_optimizer(
             self.chunks, optimizer.lr, optimizer.weight_decay, optimizer.betas, optimizer.eps, optimizer.clip_grad
         )
+        self.ema = Ema(self.chunks, optimizer.ema_decay) if optimizer.ema_decay else None
         self.checkpoints = Path(config.out) / "checkpoints"
         self.log: MetricsLog | None = None
 
@@ -118,7 +121,7 @@ class Trainer:
             return Position()
         common = checkpoint.load_common(newest)
         _check_same_run(self.config, self.plan.model, common, newest)
-        checkpoint.load(newest, self.chunks, self.optimizer)
+        checkpoint.load(newest, self.chunks, self.optimizer, self.ema)
         return Position(**common["position"])
 
     def run_stage(self, stage: StagePlan, position: Position, stop: StopFlag) -> Position:
@@ -173,6 +176,8 @@ class Trainer:
                 f"loss {result.loss} and gradient norm {norm} at step {global_step} of {self.config.out} are not finite: lower the "
                 f"learning rate (now {lr:.2e}) and go on from {newest or 'the start'}."
             )
+        if self.ema:
+            self.ema.update()
         return {"loss": result.loss, **result.report, "lr": lr, "grad_norm": norm, "tokens": tokens}
 
     def _validate(self, stage: StagePlan, step: int, global_step: int) -> None:
@@ -182,10 +187,11 @@ class Trainer:
         whole = max(1, len(stream.datasets[0]) // stage.config.global_batch_size)
         count = min(self.config.validation_batches, whole)
         totals: dict[str, float] = {}
-        for _ in range(count):
-            result, _ = self._loss(stage, next(stream), training=False)
-            for name, value in {"loss": result.loss, **result.report}.items():
-                totals[name] = totals.get(name, 0.0) + value / count
+        with self.ema.applied() if self.ema else nullcontext():
+            for _ in range(count):
+                result, _ = self._loss(stage, next(stream), training=False)
+                for name, value in {"loss": result.loss, **result.report}.items():
+                    totals[name] = totals.get(name, 0.0) + value / count
         if self.log is not None:
             self.log.write(
                 _head(stage, step, global_step) | {f"validation/{name}": value for name, value in totals.items()}
@@ -214,7 +220,9 @@ class Trainer:
             "tokenizer": self.plan.tokenizer,
             "config": settings.to_dict(self.config),
         }
-        checkpoint.save(self.checkpoints, position.global_step, self.chunks, self.optimizer, common, self.config.keep)
+        checkpoint.save(
+            self.checkpoints, position.global_step, self.chunks, self.optimizer, common, self.config.keep, self.ema
+        )
 
 
 def microbatch(
@@ -235,11 +243,13 @@ def _head(stage: StagePlan, step: int, global_step: int) -> dict[str, Any]:
 def check_batches(config: PretrainConfig, info: ProcessInfo) -> None:
     """Raises UserError, with a size that works, if a global batch does not divide into microbatches on all ranks."""
     for stage in config.stages:
-        share = stage.micro_batch_size * info.data_parallel_size
+        multiple = config.parallel.microbatch_multiple
+        share = stage.micro_batch_size * info.data_parallel_size * multiple
         if stage.global_batch_size % share:
+            stages = f" x {multiple} interleaved pipeline stages" if multiple > 1 else ""
             raise UserError(
                 f"stage '{stage.name}': global_batch_size {stage.global_batch_size} is no multiple of micro_batch_size "
-                f"{stage.micro_batch_size} x {info.data_parallel_size} data-parallel ranks: choose a multiple of {share}."
+                f"{stage.micro_batch_size} x {info.data_parallel_size} data-parallel ranks{stages}: choose a multiple of {share}."
             )
 
 

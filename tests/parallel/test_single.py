@@ -10,7 +10,9 @@ from inference.config import ModelConfig
 from parallel import checkpoint
 from parallel.attention import AttentionContext, BlockCausalAttention, choose_backend
 from parallel.convert import gather_reference, load_reference
-from parallel.frame_attention import FrameMask
+from parallel.cpu import cuda_redirected
+from parallel.ema import Ema
+from parallel.frame_attention import Visibility
 from parallel.layers import RMSNorm, swiglu, transformer_config, use_transformer_engine
 from parallel.setup import ParallelConfig, check_layout, destroy, initialize
 from parallel.train_step import Microbatch, build_model, build_optimizer, forward_backward, update
@@ -63,12 +65,23 @@ def test_bfloat16_follows_float32_with_float32_gradients_and_optimizer(info):
 
 
 def test_recomputation_changes_no_gradient(info):
-    seen = []
-    for recompute in ("none", "full"):
+    seen, kept = [], []
+    for recompute in ("none", "selective", "full"):
         chunks = build_model(MODEL, ParallelConfig(recompute=recompute), info, seed=1)
         forward_backward(chunks, [clips(1), clips(2)], loss)
         seen.append(torch.cat([grad.flatten() for grad in gradients(chunks)]))
-    assert torch.equal(*seen) and seen[0].norm() > 0
+        sizes: list[int] = []
+
+        def pack(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        batch = clips(1)
+        with cuda_redirected(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            chunks[0](batch.inputs, batch.layout, batch.text, batch.text_lengths)
+        kept.append(sum(sizes))
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2]) and seen[0].norm() > 0
+    assert kept[0] > kept[1] > kept[2], kept
 
 
 def test_unequal_microbatches_are_refused(info):
@@ -101,7 +114,7 @@ def test_attention_back_ends_equal_the_dense_one_in_output_and_gradients(backend
     mix = torch.randn(layout.length, 2, 32, generator=draw)
     core, seen = BlockCausalAttention(None, 1), {}
     for name in ("sdpa", backend):
-        q, k, v = (one.clone().requires_grad_() for one in tensors)
+        q, k, v = (one.clone().requires_grad_(backend != "flex") for one in tensors)
         context = AttentionContext.build(config, layout, lengths, frame_mask, torch.float32, name)
         out = core(q, k, v, attention_bias=context)
         # FlexAttention has no backward pass on a CPU
@@ -116,7 +129,7 @@ def test_frame_by_frame_attention_works_on_visible_pairs_only():
     layout, lengths = config.layout(), torch.tensor([4])
     frame_mask = torch.rand(1, 9, 9, generator=torch.Generator().manual_seed(0)) > 0.5
     mask = AttentionContext.build(config, layout, lengths, frame_mask, torch.float32, "frames").mask
-    assert isinstance(mask, FrameMask)
+    assert isinstance(mask, Visibility)
     done = sum(group.hidden.numel() for group in mask.groups(torch.float32))
     largest = max(group.hidden.numel() for group in mask.groups(torch.float32))
     needed = int(layout.attention_mask(lengths, frame_mask).sum())
@@ -165,6 +178,29 @@ def test_checkpoints_keep_the_newest_and_refuse_what_is_not_whole(info, tmp_path
         checkpoint.load(tmp_path / "step-10", wider)
 
 
+def test_running_means_by_hand_and_a_checkpoint_without_them(info, tmp_path):
+    chunks = build_model(MODEL, ParallelConfig(), info, seed=1)
+    optimizer, ema = build_optimizer(chunks, 1e-2), Ema(chunks, 0.15)
+    expected = gather_reference(chunks)
+    for decay in (0.1, 0.15, 0.15):  # (1 + n) / (10 + n), at most the setting
+        forward_backward(chunks, [clips(1)], loss)
+        update(optimizer, 1e-2)
+        ema.update()
+        expected = {name: decay * expected[name] + (1 - decay) * own for name, own in gather_reference(chunks).items()}
+    weights = gather_reference(chunks)
+    with ema.applied():
+        means = gather_reference(chunks)
+    for name, value in gather_reference(chunks).items():
+        assert torch.equal(value, weights[name]) and torch.allclose(means[name], expected[name], atol=1e-6)
+    assert not torch.equal(means["head.weight"], weights["head.weight"])
+
+    folder = checkpoint.save(tmp_path, 3, chunks, optimizer, {})
+    checkpoint.load(folder, chunks, optimizer, ema)  # they begin at the weights
+    with ema.applied():
+        assert torch.equal(gather_reference(chunks)["head.weight"], weights["head.weight"])
+    assert ema.updates == 0
+
+
 @pytest.mark.parametrize(
     ("parallel", "world", "message"),
     [
@@ -176,6 +212,12 @@ def test_checkpoints_keep_the_newest_and_refuse_what_is_not_whole(info, tmp_path
         ({"tensor_parallel_size": 2}, 3, "3 processes do not divide into groups of 2 .*: start 2 or 4 processes"),
         ({"pipeline_parallel_size": 4}, 4, "num_layers 2 does not divide by pipeline_parallel_size 4: choose .* 2 or"),
         ({"tensor_parallel_size": 0}, 1, "must be at least 1"),
+        (
+            {"pipeline_parallel_size": 2, "virtual_pipeline_size": 2},
+            2,
+            "num_layers 2 .* pipeline_parallel_size 2 x virtual_pipeline_size 2: choose virtual_pipeline_size 1 or num_layers 4",
+        ),
+        ({"virtual_pipeline_size": 2}, 1, "virtual_pipeline_size 2 needs a pipeline: .* 2 or more"),
     ],
 )
 def test_a_layout_that_does_not_divide_is_refused_with_the_nearest_that_does(parallel, world, message):

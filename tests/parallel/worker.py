@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 worker.py layouts|checkpoints OUT.json
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -21,15 +22,18 @@ from inference.config import ModelConfig
 from inference.model import VideoARTransformer
 from parallel import checkpoint
 from parallel.convert import gather_reference
+from parallel.ema import Ema
 from parallel.setup import ParallelConfig, ProcessInfo, data_group, destroy, initialize
 from parallel.train_step import Microbatch, build_model, build_optimizer, forward_backward, update
 
-SEED, LR, DECAY = 3, 1e-2, 0.1
+SEED, LR, DECAY, MICROBATCHES = 3, 1e-2, 0.1, 4
 GRIDS = ((1, 1), (2, 2), (3, 3))
 TEXT = ModelConfig(
     num_layers=2, hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, scales=GRIDS, num_frames=3, bits=8,
     text_dim=12, max_text_length=5,
 )  # fmt: skip
+DEEP = dataclasses.replace(TEXT, num_layers=4)
+VIRTUAL = ParallelConfig(pipeline_parallel_size=2, virtual_pipeline_size=2)
 CLASSES = ModelConfig(
     num_layers=2, hidden_size=16, num_attention_heads=2, scales=((1, 1), (1, 2)), num_frames=3, bits=6, num_classes=4,
     context_block=True, window=1, rope="flat",
@@ -77,10 +81,10 @@ def plain_logits(model: VideoARTransformer, of: Microbatch) -> torch.Tensor:
 
 
 def microbatches(config: ModelConfig, parallel: ParallelConfig, info: ProcessInfo) -> list[Microbatch]:
-    """This data-parallel rank's share of two microbatches of four clips."""
+    """This data-parallel rank's share of four microbatches of four clips: enough for a pipeline's steady phase."""
     share = 4 // info.data_parallel_size
     clips = slice(info.data_parallel_rank * share, (info.data_parallel_rank + 1) * share)
-    return [batch(config, parallel.sequence_multiple, clips, index) for index in range(2)]
+    return [batch(config, parallel.sequence_multiple, clips, index) for index in range(MICROBATCHES)]
 
 
 @torch.no_grad()
@@ -141,14 +145,14 @@ def compare(config: ModelConfig, parallel: ParallelConfig) -> dict[str, float]:
         LR,
         betas=(0.9, 0.95),
     )
-    everything = [batch(config, 1, slice(0, 4), index) for index in range(2)]
+    everything = [batch(config, 1, slice(0, 4), index) for index in range(MICROBATCHES)]
     for step in range(3):
         result = forward_backward(chunks, mine, loss)
         if step == 0:
             gradients = gather_gradients(chunks, info)
         norm = update(optimizer, LR)
         adam.zero_grad()
-        total = sum(loss(plain_logits(plain, of), of)[0] for of in everything) / 8
+        total = sum(loss(plain_logits(plain, of), of)[0] for of in everything) / (4 * MICROBATCHES)
         total.backward()  # type: ignore[union-attr]
         if step == 0 and info.rank == 0:
             wanted = {name: parameter.grad for name, parameter in plain.named_parameters()}
@@ -168,18 +172,28 @@ LAYOUTS = {
     "TP2 + SP, classes": (CLASSES, ParallelConfig(tensor_parallel_size=2)),
     "TP2": (TEXT, ParallelConfig(tensor_parallel_size=2, sequence_parallel=False)),
     "PP2": (TEXT, ParallelConfig(pipeline_parallel_size=2)),
+    "PP2, virtual stages": (DEEP, VIRTUAL),
     "DP2": (TEXT, ParallelConfig()),
     "DP2, recomputation": (TEXT, ParallelConfig(recompute="full")),
     "TP2 + SP, recomputation": (TEXT, ParallelConfig(tensor_parallel_size=2, recompute="full")),
 }
 
 
+PRODUCTS = {
+    "TP2 + SP, PP2": (TEXT, ParallelConfig(tensor_parallel_size=2, pipeline_parallel_size=2)),
+    "TP2 + SP, PP2, virtual stages, selective recomputation": (
+        DEEP,
+        ParallelConfig(2, 2, virtual_pipeline_size=2, recompute="selective"),
+    ),
+    "TP2 + SP, DP2": (TEXT, ParallelConfig(tensor_parallel_size=2)),
+    "PP2, virtual stages, DP2": (DEEP, VIRTUAL),
+}
 ALONE = {"TP1": (TEXT, ParallelConfig()), "TP1, classes": (CLASSES, ParallelConfig())}
 
 
 def layouts(out: Path) -> None:
-    """Every layout of two processes, or of one."""
-    wanted = ALONE if os.environ["WORLD_SIZE"] == "1" else LAYOUTS
+    """Every layout of so many processes."""
+    wanted = {"1": ALONE, "2": LAYOUTS, "4": PRODUCTS}[os.environ["WORLD_SIZE"]]
     results = {name: compare(config, parallel) for name, (config, parallel) in wanted.items()}
     if int(os.environ["RANK"]) == 0:
         out.write_text(json.dumps(results))
@@ -188,37 +202,47 @@ def layouts(out: Path) -> None:
 def train(parallel: ParallelConfig, folder: Path, load: Path | None, steps: int, save: int | None) -> dict[str, Any]:
     """Trains from a checkpoint or from the start; saves after the steps."""
     info = initialize(parallel, SEED)
-    chunks = build_model(TEXT, parallel, info, seed=SEED if load is None else None)
-    optimizer = build_optimizer(chunks, LR, DECAY)
+    chunks = build_model(DEEP, parallel, info, seed=SEED if load is None else None)
+    optimizer, ema = build_optimizer(chunks, LR, DECAY), Ema(chunks, 0.9)
     position = -1
     if load is not None:
         # used moments must be overwritten by the loaded ones, too
-        forward_backward(chunks, microbatches(TEXT, parallel, info), loss)
+        forward_backward(chunks, microbatches(DEEP, parallel, info), loss)
         update(optimizer, LR)
-        position = checkpoint.load(load, chunks, optimizer)["position"]
-    begin = gather_reference(chunks)
+        position = checkpoint.load(load, chunks, optimizer, ema)["position"]
+    begin = gather_reference(chunks) | means(chunks, ema)
     losses, norms = [], []
     for _ in range(steps):
-        losses.append(forward_backward(chunks, microbatches(TEXT, parallel, info), loss).loss)
+        losses.append(forward_backward(chunks, microbatches(DEEP, parallel, info), loss).loss)
         norms.append(update(optimizer, LR))
+        ema.update()
     if save is not None:
-        checkpoint.save(folder, save, chunks, optimizer, {"position": 17})
-    end = gather_reference(chunks)
+        checkpoint.save(folder, save, chunks, optimizer, {"position": 17}, ema=ema)
+    end = gather_reference(chunks) | means(chunks, ema)
     parallel_state.destroy_model_parallel()
     return {"losses": losses, "norms": norms, "begin": begin, "end": end, "position": position}
 
 
+def means(chunks: list[Any], ema: Ema) -> dict[str, torch.Tensor]:
+    """The running means as the plain model's weights, with names of their own."""
+    with ema.applied():
+        return {f"mean of {name}": value for name, value in gather_reference(chunks).items()}
+
+
 def checkpoints(out: Path) -> None:
-    """Saves after 3 steps on TP 2 and goes on for 3 more on other layouts; DP 2 saves again and TP 2 loads that."""
+    """Saves after 3 steps on TP 2 and goes on for 3 more on other layouts; two of them save again, and TP 2 loads that."""
     folder, tp = out.parent / "checkpoints", ParallelConfig(tensor_parallel_size=2)
     written = train(tp, folder, None, 3, 3)
-    unbroken = train(tp, folder, None, 6, None)
+    unbroken = train(tp, folder, None, 9, None)
     step3 = folder / "step-3"
     runs = {
         "TP2": train(tp, folder, step3, 3, None),
         "PP2": train(ParallelConfig(pipeline_parallel_size=2), folder, step3, 3, None),
         "DP2": train(ParallelConfig(), folder, step3, 3, 6),
         "TP2 from DP2": train(tp, folder, folder / "step-6", 0, None),
+        "virtual": train(VIRTUAL, folder, step3, 3, 6),
+        "TP2 from virtual": train(tp, folder, folder / "step-6", 3, None),
+        "virtual from virtual": train(VIRTUAL, folder, folder / "step-6", 3, None),
     }
     if int(os.environ["RANK"]) == 0:
         torch.save({"written": written, "unbroken": unbroken, "runs": runs}, out)

@@ -95,6 +95,20 @@ def test_export_keeps_every_weight_and_undoes_a_wrong_one(tmp_path: Path, monkey
     assert not (tmp_path / "wrong" / "config.json").exists()
 
 
+def test_running_means_are_validated_and_exported(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    stages, states, scores = [stage(tmp_path / "codes", 6, validation=str(tmp_path / "codes"))], {}, {}
+    for name, decay in (("plain", 0.0), ("mean", 0.5)):
+        file = write_run(tmp_path, out=str(tmp_path / name), stages=stages, validate_every=6)
+        main_entry(_load(file, "--optimizer.ema_decay", str(decay), "--optimizer.lr", "0.03"))
+        export(tmp_path / name, tmp_path / f"{name}-model")
+        states[name] = load_model(tmp_path / f"{name}-model").state_dict()
+        lines = metrics(tmp_path / name)
+        scores[name] = ([line["loss"] for line in lines if "loss" in line], lines[-1]["validation/loss"])
+    assert scores["plain"][0] == scores["mean"][0] and scores["plain"][1] != scores["mean"][1]
+    assert any(not torch.equal(states["mean"][name], value) for name, value in states["plain"].items())
+
+
 def test_what_a_run_refuses(tmp_path: Path) -> None:
     file = write_run(tmp_path, stages=[stage(tmp_path / "codes", 2)], checkpoint_every=1)
     main_entry(_load(file))
