@@ -1,0 +1,196 @@
+"""The training step: model FLOPs over the machine's matmul rate, megatron's overhead, attention's work, cost against length.
+
+    python -m benchmarks.train_step --keep                    one core, some five minutes
+    python -m benchmarks.train_step --threads 2
+
+All ratios are measured by turns in this process, from the best of their repetitions.
+
+gemm_fraction            (model FLOPs of a step / its time) / (rate of one large matmul), same dtype and threads; width 1024, 4 layers, 666
+                         tokens. Model FLOPs: 3 x (2 x matrix elements x tokens + 4 x width x visible pairs x layers), forward plus twice
+                         that backward, the text's embedding and recomputation not counted, the step with its loss and AdamW timed
+overhead_vs_reference    time of the megatron-core step over that of the plain model of `inference/` with torch's AdamW (in bfloat16 the
+                         plain step lacks the float32 main copies and gradients, so that it does less)
+attention_work_ratio     query-key pairs worked on over visible ones, 24x42 tokens, 17 latent frames, p_mask 0.5
+length_cost_spread       largest over smallest time a token at 5, 9 and 17 latent frames of 8x8 tokens with a window of 4
+loss_memory_ratio        memory of the loss and its gradient above the logits, over the logits' size
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from benchmarks.report import hardware, report
+from inference.config import ModelConfig
+from inference.model import VideoARTransformer
+from parallel.attention import AttentionContext
+from parallel.frame_attention import Visibility
+from parallel.setup import ParallelConfig, ProcessInfo, destroy, initialize
+from parallel.train_step import Microbatch, build_model, build_optimizer, forward_backward, update
+from pretrain.bitwise_loss import bitwise_loss
+from tokenizer.scales import ScaleSchedule
+from tokenizer.sequence import SequenceLayout
+
+WIDE = ModelConfig(
+    num_layers=4, hidden_size=1024, num_attention_heads=16, scales=ScaleSchedule.square(8, 6).scales, num_frames=5, bits=32, text_dim=64,
+    max_text_length=16,
+)  # fmt: skip
+MATMUL = 2048
+
+
+def main() -> None:
+    """Runs all measurements."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--keep", action="store_true", help="write the result to benchmarks/results/")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    results: dict[str, Any] = {"loss_memory_ratio": loss_memory()}
+    info = initialize(ParallelConfig(), 0)
+    for precision in ("float32", "bfloat16"):
+        results |= {
+            name if precision == "float32" else f"{name}_{precision}": value
+            for name, value in against_matmul(ParallelConfig(precision=precision), info, args.repeat).items()
+        }
+    results["attention_work_ratio"] = attention_work()
+    results |= cost_by_length(info, args.repeat)
+    destroy()
+    report("train_step", hardware("cpu", args.threads), results, args.keep)
+
+
+def clips(config: ModelConfig, number: int, layout: SequenceLayout) -> Microbatch:
+    """Random inputs and bits, whole texts."""
+    draw = torch.Generator().manual_seed(0)
+    shape = (number, layout.num_frames, layout.schedule.tokens_per_frame, config.bits)
+    return Microbatch(
+        torch.randn(number, layout.video_tokens, config.bits, generator=draw),
+        layout,
+        torch.randn(number, layout.text_length, config.text_dim, generator=draw),
+        torch.full((number,), layout.text_length),
+        targets=torch.randint(0, 2, shape, dtype=torch.bool, generator=draw),
+    )
+
+
+def megatron_step(
+    config: ModelConfig, parallel: ParallelConfig, info: ProcessInfo, batch: Microbatch
+) -> Callable[[], None]:
+    """A whole step on megatron-core."""
+    chunks = build_model(config, parallel, info, seed=0)
+    optimizer = build_optimizer(chunks, 1e-4)
+
+    def step() -> None:
+        forward_backward(chunks, [batch], lambda logits, of: bitwise_loss(logits, of.targets, of.layout))
+        update(optimizer, 1e-4)
+
+    return step
+
+
+def plain_step(config: ModelConfig, dtype: torch.dtype, batch: Microbatch) -> Callable[[], None]:
+    """The same step on the plain model."""
+    model = VideoARTransformer(config).to(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+
+    def step() -> None:
+        logits = model(batch.inputs, batch.layout, batch.text, batch.text_lengths, None, None)
+        bitwise_loss(logits.float(), batch.targets, batch.layout)[0].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def against_matmul(parallel: ParallelConfig, info: ProcessInfo, repeat: int) -> dict[str, float]:
+    """`gemm_fraction` and `overhead_vs_reference` at one precision."""
+    layout, dtype = WIDE.layout(), parallel.dtype
+    batch = clips(WIDE, 1, layout)
+    a, b = (torch.randn(MATMUL, MATMUL).to(dtype) for _ in range(2))
+    steps = (megatron_step(WIDE, parallel, info, batch), plain_step(WIDE, dtype, batch), lambda: torch.mm(a, b))
+    ours, plain, matmul = by_turns(steps, repeat)
+    rate = 2 * MATMUL**3 / matmul
+    return {
+        "gemm_fraction": round(model_flops(WIDE, layout, batch.text_lengths) / ours / rate, 3),
+        "overhead_vs_reference": round(ours / plain, 3),
+        "step_seconds": round(ours, 3),
+        "matmul_gflops_per_second": round(rate / 1e9, 1),
+    }
+
+
+def model_flops(config: ModelConfig, layout: SequenceLayout, text_lengths: torch.Tensor) -> float:
+    """Of a training step, by the formula above; clips differ in their texts only."""
+    width = config.hidden_size
+    matrices = config.num_layers * (4 * width**2 + 3 * width * config.feed_forward_size)
+    video = layout.video_tokens * 2 * width * config.bits  # in and out
+    pairs = int(layout.attention_mask(text_lengths).sum())
+    tokens = len(text_lengths) * layout.length
+    return 3.0 * (2 * matrices * tokens + 2 * len(text_lengths) * video + 4 * width * pairs * config.num_layers)
+
+
+def by_turns(runs: tuple[Callable[[], Any], ...], repeat: int) -> list[float]:
+    """The shortest time of each, in seconds; they take turns, so that a machine whose speed drifts is fair to all."""
+    for run in runs:
+        run()
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(repeat):
+        for run, mine in zip(runs, times):
+            started = time.perf_counter()
+            run()
+            mine.append(time.perf_counter() - started)
+    return [min(mine) for mine in times]
+
+
+def attention_work() -> float:
+    """Pairs of the CPU's frame-by-frame attention; padding of a GPU's blocks is not part of it."""
+    config = replace(WIDE, scales=ScaleSchedule.for_grid(24, 42, 10).scales, num_frames=17)
+    layout, lengths = config.layout(), torch.tensor([config.max_text_length])
+    seen = torch.rand(1, 17, 17, generator=torch.Generator().manual_seed(0)) > 0.5
+    mask = AttentionContext.build(config, layout, lengths, seen, torch.float32, "frames").mask
+    assert isinstance(mask, Visibility)
+    done = needed = 0
+    for group in mask.groups(torch.float32):
+        done += group.hidden.numel()
+        needed += int((group.hidden == 0).sum())
+    return round(done / needed, 3)
+
+
+def cost_by_length(info: ProcessInfo, repeat: int) -> dict[str, float]:
+    """Time a token against the number of frames."""
+    config = replace(WIDE, num_layers=2, hidden_size=512, num_attention_heads=8, num_frames=17, window=4)
+    batches = [clips(config, 1, replace(config.layout(), num_frames=frames)) for frames in (5, 9, 17)]
+    times = by_turns(tuple(megatron_step(config, ParallelConfig(), info, batch) for batch in batches), repeat + 2)
+    each = [seconds / batch.layout.length for seconds, batch in zip(times, batches)]
+    return {"length_cost_spread": round(max(each) / min(each), 3)} | {
+        f"microseconds_a_token_{batch.layout.num_frames}_frames": round(1e6 * one, 1)
+        for one, batch in zip(each, batches)
+    }
+
+
+def loss_memory() -> float:
+    """Must run first: it reads the process's peak."""
+    layout = SequenceLayout(ScaleSchedule.square(4, 4), 5, 0)
+
+    def run(number: int) -> float:
+        logits = torch.randn(layout.video_tokens, number, 48).transpose(0, 1).requires_grad_()
+        targets = torch.randint(0, 2, (number, 5, layout.schedule.tokens_per_frame, 48), dtype=torch.bool)
+        before = peak()
+        bitwise_loss(logits, targets, layout)[0].backward()
+        return (peak() - before) / (4 * logits.numel())
+
+    run(8)
+    return round(run(20000), 3)
+
+
+def peak() -> int:
+    """Of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()
