@@ -54,9 +54,6 @@ def run(
     environment = dict(os.environ)
     # a process that waits for another must not spin on a core that the other needs
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # glibc gives freed memory back after each training step and fetches it again page by page (3-5% of a step): let it keep some
-    for name, size in (("TOP_PAD", 2**28), ("MMAP_THRESHOLD", 2**25), ("TRIM_THRESHOLD", 2**32)):
-        environment.setdefault(f"MALLOC_{name}_", str(size))
     environment["PYTHONUNBUFFERED"] = "1"
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
