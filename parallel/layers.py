@@ -150,9 +150,8 @@ def block_spec(
             mlp_bda=get_bias_dropout_add,  # type: ignore[arg-type]
         ),
     )
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, virtual_stage), layer_norm=norm
-    )  # type: ignore[arg-type]
+    count = get_num_layers_to_build(config, virtual_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)  # type: ignore[arg-type]
 
 
 def _leave_empty(weight: Tensor) -> None:
