@@ -160,7 +160,8 @@ def _curves(run: RunFolder, metrics: dict[str, Any]) -> Section:
         text += missing("The tokenizer was not trained.")
     text += "<h3>Transformer</h3>"
     if pretraining:
-        names = "; ".join(f"{roman(i)} {escape(stage.name)}" for i, stage in enumerate(stages(pretraining), 1))
+        named = [(roman(i), escape(stage.name)) for i, stage in enumerate(stages(pretraining), 1)]
+        names = "; ".join(numeral if name == numeral else f"{numeral} {name}" for numeral, name in named)
         text += (
             f'<p class="note">Stages: {names}. In training, bits are flipped (error correction), frames hidden and prompts dropped '
             "at random, which makes it harder; held-out clips come without. A guess is right for half of the bits.</p>"
