@@ -26,6 +26,12 @@ def hardware(device: str, threads: int) -> str:
     return f"{model}, {threads} thread{'s' if threads > 1 else ''}"
 
 
+def peak_memory() -> int:
+    """The most memory that this process has held so far, in bytes (Linux; `getrusage` would count the parent's before the start)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
 def report(name: str, where: str, results: dict[str, Any], keep: bool) -> None:
     """Prints {"name", "hardware", "results"} and, if asked for, writes it to `results/`."""
     content = {"name": name, "hardware": where, "results": results}

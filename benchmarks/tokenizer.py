@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.report import hardware, report
+from benchmarks.report import hardware, peak_memory, report
 from tokenizer import settings
 from tokenizer.objective import Generator
 from tokenizer.streaming import decode_stream, encode_stream
@@ -212,7 +211,7 @@ def _now(device: str) -> float:
 def _peak(device: str) -> float:
     """Peak memory so far in 10^9 bytes."""
     if device == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        return peak_memory() / 1e9
     return torch.cuda.max_memory_allocated() / 1e9
 
 

@@ -18,7 +18,6 @@ loss_memory_ratio        memory of the loss and its gradient above the logits, o
 from __future__ import annotations
 
 import argparse
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import hardware, report
+from benchmarks.report import hardware, peak_memory, report
 from inference.config import ModelConfig
 from inference.model import VideoARTransformer
 from parallel.attention import AttentionContext
@@ -179,17 +178,12 @@ def loss_memory() -> float:
     def run(number: int) -> float:
         logits = torch.randn(layout.video_tokens, number, 48).transpose(0, 1).requires_grad_()
         targets = torch.randint(0, 2, (number, 5, layout.schedule.tokens_per_frame, 48), dtype=torch.bool)
-        before = peak()
+        before = peak_memory()
         bitwise_loss(logits, targets, layout)[0].backward()
-        return (peak() - before) / (4 * logits.numel())
+        return (peak_memory() - before) / (4 * logits.numel())
 
     run(8)
     return round(run(20000), 3)
-
-
-def peak() -> int:
-    """Of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

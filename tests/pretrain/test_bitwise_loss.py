@@ -94,8 +94,8 @@ def test_gradient_equals_autograd_s(kind, batch: int) -> None:
 
 
 MEMORY = """
-import resource
 import torch
+from benchmarks.report import peak_memory
 from pretrain.bitwise_loss import bitwise_loss
 from tokenizer.scales import ScaleSchedule
 from tokenizer.sequence import SequenceLayout
@@ -105,9 +105,9 @@ layout = SequenceLayout(ScaleSchedule(((1, 1), (2, 2), (3, 3), (4, 4))), FRAMES,
 def run(clips):
     logits = torch.randn(layout.video_tokens, clips, 48).transpose(0, 1).requires_grad_()
     targets = torch.randint(0, 2, (clips, FRAMES, 30, 48), dtype=torch.bool)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak_memory()
     bitwise_loss(logits, targets, layout)[0].backward()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / (logits.numel() * 4)
+    return (peak_memory() - before) / (logits.numel() * 4)
 
 run(8)
 print(run(20000 // FRAMES))
