@@ -98,7 +98,8 @@ def test_streams_that_end_wrongly():
 
 def test_memory_does_not_grow_with_the_length():
     script = """
-import resource, torch
+import torch
+from benchmarks.report import peak_memory
 from tests.tokenizer.test_tokenizer import make
 from tokenizer.streaming import decode_stream, encode_stream
 torch.set_num_threads(1)
@@ -109,7 +110,7 @@ def run(frames):
     for pixels in decode_stream(tokenizer, encode_stream(tokenizer, chunks)):
         count += pixels.shape[2]
     assert count == frames
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_memory()
 short = run(17)
 print(run(257) / short)
 """
