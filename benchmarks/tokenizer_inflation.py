@@ -56,7 +56,7 @@ def main() -> None:
     config = replace(recipe.tokenizer, autoencoder=autoencoder_config(state))
     inflated = VideoTokenizer(config)
     inflate_(inflated, state)
-    inflated.save_pretrained(args.out / "inflated")
+    inflated.save_pretrained(args.out / "inflated_start")
 
     def held_out():
         for start in range(0, 64, 8):
@@ -70,7 +70,7 @@ def main() -> None:
         validate_every=max(1, args.steps // 30),
     )
     curves = {}
-    for name, start in (("random", None), ("inflated", str(args.out / "inflated"))):
+    for name, start in (("random", None), ("inflated", str(args.out / "inflated_start"))):
         train(replace(clips, start_from=start), batches, args.out / name, validation=held_out)
         lines = [json.loads(line) for line in (args.out / name / "metrics.jsonl").read_text().splitlines()]
         curves[name] = [
