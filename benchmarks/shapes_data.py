@@ -8,6 +8,9 @@ from data_pipelines.clips import Clips, load_clips
 from data_pipelines.moving_shapes import write_corpus
 from data_pipelines.shards import write_shards
 
+RECIPE = Path(__file__).parents[1] / "tokenizer" / "configs" / "shapes-all-terms.yaml"
+"""The recipe of the benchmarks that train a tokenizer on it."""
+
 
 def shapes(out: Path, clips: int = 800, validation: int = 96, frames: int = 17, size: int = 64) -> tuple[Clips, Clips]:
     """Training and validation clips, uint8 [N, frames, size, size, 3]; kept in `out`."""

@@ -18,22 +18,20 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.report import hardware, peak_memory, report
+from benchmarks.shapes_data import RECIPE
+from benchmarks.timing import best, by_turns, wait
 from tokenizer import settings
 from tokenizer.objective import Generator
 from tokenizer.streaming import decode_stream, encode_stream
 from tokenizer.tokenizer import TokenizerConfig, VideoTokenizer
 from tokenizer.train_config import TokenizerTrainConfig
-
-RECIPE = Path(__file__).parents[1] / "tokenizer" / "configs" / "shapes-all-terms.yaml"
 
 LARGE = (256, 9, 64, 64)  # channels, frames, height, width of the convolution that sets the rate
 
@@ -122,18 +120,6 @@ def conv_floor(dtype: torch.dtype, device: str, repeat: int) -> tuple[float, dic
     return round(seconds / (flops[1] / rate), 3), details
 
 
-def best(run: Callable[[], Any], device: str, repeat: int) -> float:
-    """The shortest of several runs, in seconds."""
-    times = []
-    for _ in range(repeat):
-        _wait(device)
-        started = time.perf_counter()
-        run()
-        _wait(device)
-        times.append(time.perf_counter() - started)
-    return min(times)
-
-
 def alone(kind: str, frames: int, size: int, args: argparse.Namespace) -> dict[str, float]:
     """One part in a process of its own."""
     words = ["--only", f"{kind},{frames},{size}", "--device", args.device, "--threads", str(args.threads)]
@@ -164,14 +150,14 @@ def memory_and_rate(kind: str, frames: int, size: int, device: str) -> dict[str,
         )
         if device != "cpu":
             tokenizer.decode(tokenizer.encode(video))  # chooses kernels
-            _wait(device)
+            wait(device)
         before, started = _now(device), time.perf_counter()
         code = tokenizer.encode(video) if kind in ("encode", "both") else None
         if kind == "decode":
             tokenizer.decode_latent(latent)
         elif kind == "both" and code is not None:
             tokenizer.decode(code)
-    _wait(device)
+    wait(device)
     seconds, peak = time.perf_counter() - started, _peak(device)
     return {"seconds": seconds, "peak_gb": peak, "above_gb": peak - before}
 
@@ -193,9 +179,7 @@ def compiled_step(frames: int, size: int, device: str) -> dict[str, float]:
 
         steps.append(step)
     first = [best(step, device, 1) for step in steps]
-    for step in steps:
-        step()
-    times = [min(several) for several in zip(*([best(step, device, 1) for step in steps] for _ in range(5)))]
+    times = by_turns(steps, 5, device)
     return {"compiled_step_ratio": round(times[1] / times[0], 3), "compile_seconds": round(first[1] - times[1], 1)}
 
 
@@ -213,11 +197,6 @@ def _peak(device: str) -> float:
     if device == "cpu":
         return peak_memory() / 1e9
     return torch.cuda.max_memory_allocated() / 1e9
-
-
-def _wait(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -17,15 +17,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import hardware, report
-from benchmarks.shapes_data import shapes
+from benchmarks.shapes_data import RECIPE, shapes
 from data_pipelines.clips import ClipBatches, to_batch
 from tokenizer import VideoTokenizer, settings
 from tokenizer.inflation import autoencoder_config, deflate, inflate_, read_image_checkpoint
 from tokenizer.metrics_log import WandbConfig
 from tokenizer.train import train
 from tokenizer.train_config import BatchSpec, Phase, TokenizerTrainConfig
-
-RECIPE = Path(__file__).parents[1] / "tokenizer" / "configs" / "shapes-all-terms.yaml"
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.report import hardware, report
-from benchmarks.shapes_data import shapes
+from benchmarks.shapes_data import RECIPE, shapes
 from data_pipelines.clips import ClipBatches, Clips
 from evaluation.bit_usage import BitUsage
 from evaluation.fidelity import high_frequency_energy, squared_error, ssim
@@ -29,7 +29,6 @@ from tokenizer import VideoTokenizer, settings
 from tokenizer.train import train
 from tokenizer.train_config import TokenizerTrainConfig
 
-RECIPE = Path(__file__).parents[1] / "tokenizer" / "configs" / "shapes-all-terms.yaml"
 BATCH = 8
 
 

@@ -18,7 +18,6 @@ loss_memory_ratio        memory of the loss and its gradient above the logits, o
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.report import hardware, peak_memory, report
+from benchmarks.timing import by_turns
 from inference.config import ModelConfig
 from inference.model import VideoARTransformer
 from parallel.attention import AttentionContext
@@ -130,19 +130,6 @@ def model_flops(config: ModelConfig, layout: SequenceLayout, text_lengths: torch
     pairs = int(layout.attention_mask(text_lengths).sum())
     tokens = len(text_lengths) * layout.length
     return 3.0 * (2 * matrices * tokens + 2 * len(text_lengths) * video + 4 * width * pairs * config.num_layers)
-
-
-def by_turns(runs: tuple[Callable[[], Any], ...], repeat: int) -> list[float]:
-    """The shortest time of each, in seconds; they take turns, so that a machine whose speed drifts is fair to all."""
-    for run in runs:
-        run()
-    times: list[list[float]] = [[] for _ in runs]
-    for _ in range(repeat):
-        for run, mine in zip(runs, times):
-            started = time.perf_counter()
-            run()
-            mine.append(time.perf_counter() - started)
-    return [min(mine) for mine in times]
 
 
 def attention_work() -> float:

@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from inference.config import ModelConfig
 from inference.rope import rotary_angles
-from parallel.frame_attention import Visibility, frame_attention
+from parallel.frame_attention import Visibility, additive, frame_attention
 from parallel.rotary import full_angles, rotate
 from tokenizer.errors import UserError
 from tokenizer.sequence import SequenceLayout
@@ -93,10 +93,7 @@ class AttentionContext:
         else:
             visible = layout.attention_mask(text_lengths, frame_mask, config.window)  # [B, S, S]
             # additive: a boolean mask would be turned into this one again in every layer
-            hidden = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
-                ~visible, float("-inf")
-            )
-            mask = hidden[:, None]
+            mask = additive(visible, dtype)[:, None]
         return cls(*full_angles(angles), mask)
 
 

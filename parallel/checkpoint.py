@@ -129,7 +129,7 @@ def load(
         for chunk in chunks:
             chunk.zero_grad_buffer()  # type: ignore[operator]
         update(optimizer, 0.0)
-    ema_updates = load_common(folder).get(EMA_UPDATES)
+    ema_updates = None if ema is None else load_common(folder).get(EMA_UPDATES)
     with cuda_redirected():
         state = _state(chunks, optimizer, ema if ema_updates is not None else None, loading=True)
         try:
@@ -144,7 +144,7 @@ def load(
             unwrap(chunk).load_state_dict(loaded[f"model{index}"])
         if ema is not None:
             source = "model" if ema_updates is None else "ema"
-            ema.load([loaded[f"{source}{index}"] for index in range(len(chunks))], ema_updates or 0)
+            ema.load_chunks([loaded[f"{source}{index}"] for index in range(len(chunks))], ema_updates or 0)
         if optimizer is not None:
             _load_optimizer(optimizer, loaded["optimizer"])
     return loaded["common"]

@@ -52,7 +52,7 @@ class Visibility:
         batch, text, tokens = len(self.text_lengths), layout.text_length, layout.frame_tokens
         valid = torch.arange(text, device=device) < self.text_lengths[:, None]  # [B, L]
         itself = torch.eye(text, dtype=torch.bool, device=device)
-        yield Group(slice(0, text), slice(0, text), _additive(valid[:, :, None] & valid[:, None] | itself, dtype))
+        yield Group(slice(0, text), slice(0, text), additive(valid[:, :, None] & valid[:, None] | itself, dtype))
         block = layout.scale[:tokens].to(device)
         own = (block[None] <= block[:, None]).expand(batch, -1, -1)  # [B, n, n]
         place = torch.arange(text + layout.video_tokens, device=device)
@@ -66,10 +66,11 @@ class Visibility:
             if len(used) < frame:
                 earlier = place[text:start].view(frame, tokens)[used].flatten()
                 keys = torch.cat([place[:text], earlier, place[start : start + tokens]])
-            yield Group(slice(start, start + tokens), keys, _additive(visible, dtype))
+            yield Group(slice(start, start + tokens), keys, additive(visible, dtype))
 
 
-def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where visible, -inf elsewhere."""
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 

@@ -1,4 +1,4 @@
-"""A running mean of weights, which is validated and saved in the weights' place."""
+"""A running mean of weights, which is validated and saved in their place: of a tokenizer, and shard by shard of a transformer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tokenizer.data_parallel import like
 
 
 class Ema:
-    """The running mean of a module's parameters; it is sharded as they are.
+    """The running mean of a module's parameters in float32; it is sharded as they are.
 
     Args:
         module: whose parameters.
@@ -22,7 +22,7 @@ class Ema:
 
     def __init__(self, module: nn.Module, decay: float):
         self.module, self.decay, self.updates = module, decay, 0
-        self.means = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+        self.means = {name: parameter.detach().float().clone() for name, parameter in module.named_parameters()}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -32,21 +32,23 @@ class Ema:
         for name, parameter in self.module.named_parameters():
             self.means[name].mul_(decay).add_(parameter.detach(), alpha=1 - decay)
 
+    @torch.no_grad()
+    def take_over(self) -> None:
+        """The parameters become the mean, for good."""
+        for name, parameter in self.module.named_parameters():
+            parameter.copy_(self.means[name])
+
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The module computes with the mean inside the block."""
-        self._swap()
+        """The module computes with the mean inside the block; afterwards its parameters are what they were, bit for bit."""
+        held = [parameter.detach().clone() for parameter in self.module.parameters()]
+        self.take_over()
         try:
             yield
         finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for name, parameter in self.module.named_parameters():
-            held = parameter.detach().clone()
-            parameter.copy_(self.means[name])
-            self.means[name].copy_(held)
+            with torch.no_grad():
+                for parameter, own in zip(self.module.parameters(), held):
+                    parameter.copy_(own)
 
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:
