@@ -80,6 +80,8 @@ def test_a_signal_ends_the_whole_tree(tmp_path, name):
         python(f"import sys; from cluster.local import run; run((sys.executable, '-c', {middle!r}))"),
         cwd=HOUSE,
         stderr=subprocess.DEVNULL,
+        # a shell's background jobs, and so tests that run as one, are born deaf to Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for _ in range(200):
         if mark.exists() and mark.read_text():
