@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,20 +84,50 @@ def load_model(
     Raises:
         UserError: a file is missing or damaged, or names or shapes are not those of the configuration.
     """
-    config = ModelConfig.from_dict(read_config(directory)["model"])
-    file = Path(directory) / WEIGHTS_FILE
-    if not file.is_file():
-        raise UserError(f"{directory} holds no {WEIGHTS_FILE}: give what `videoar export` wrote to its end.")
-    try:
-        with safe_open(file, framework="pt", device=str(device)) as stored:
-            names = list(stored.keys())
-            _check_weights(config, {name: tuple(stored.get_slice(name).get_shape()) for name in names}, str(file))
-            state = {name: stored.get_tensor(name).to(dtype) for name in names}
-    except SafetensorError as error:
-        raise UserError(f"{file} is damaged ({error}): export the checkpoint again.") from error
-    model = _empty_model(config)
-    model.load_state_dict(state, assign=True)
+    stored = StoredWeights(directory, device)
+    model = _empty_model(stored.config)
+    model.load_state_dict({name: stored[name].to(dtype) for name in stored}, assign=True)
     return model.requires_grad_(False).eval()
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """A model's weights, each read when it is asked for.
+
+    Args:
+        directory: what `save_model` wrote.
+        device: where the weights go.
+
+    Raises:
+        UserError: a file is missing or damaged, or names or shapes are not those of the configuration.
+    """
+
+    def __init__(self, directory: str | Path, device: str | torch.device = "cpu"):
+        self.config = ModelConfig.from_dict(read_config(directory)["model"])
+        self._file = Path(directory) / WEIGHTS_FILE
+        if not self._file.is_file():
+            raise UserError(f"{directory} holds no {WEIGHTS_FILE}: give what `videoar export` wrote to its end.")
+        try:
+            self._stored = safe_open(self._file, framework="pt", device=str(device)).__enter__()
+            self._names = list(self._stored.keys())
+            shapes = {name: tuple(self._stored.get_slice(name).get_shape()) for name in self._names}
+        except SafetensorError as error:
+            raise self._damaged(error) from error
+        _check_weights(self.config, shapes, str(self._file))
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            return self._stored.get_tensor(name)
+        except SafetensorError as error:
+            raise self._damaged(error) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def _damaged(self, error: SafetensorError) -> UserError:
+        return UserError(f"{self._file} is damaged ({error}): export the checkpoint again.")
 
 
 def fingerprint(model: VideoARTransformer) -> str:
@@ -115,7 +145,7 @@ def _empty_model(config: ModelConfig) -> VideoARTransformer:
 
 
 def _check_weights(config: ModelConfig, shapes: dict[str, tuple[int, ...]], where: str) -> None:
-    expected = {name: tuple(value.shape) for name, value in _empty_model(config).state_dict().items()}
+    expected = {name: tuple(shape) for name, shape in VideoARTransformer.shapes(config).items()}
     missing, surplus = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
     again = "export the checkpoint again."
     if missing:

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from inference.config import ModelConfig
 from tokenizer.sequence import SequenceLayout
 
-INIT_STD = 0.02
-
 
 class InputEmbedding(nn.Module):
-    """Text, start token and block inputs as hidden states. Only the parameters that the configuration uses exist."""
+    """Text, start token and block inputs as hidden states. Only the parameters that the configuration uses exist.
+
+    Learnt tokens are empty until weights are loaded or drawn (`inference.initial`).
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -31,7 +32,6 @@ class InputEmbedding(nn.Module):
         self.scale_embedding = nn.Parameter(torch.empty(config.max_scales, hidden))
         if config.context_block:
             self.context_embedding = nn.Parameter(torch.empty(hidden))
-        init_normal(self)
 
     def forward(
         self,
@@ -40,8 +40,9 @@ class InputEmbedding(nn.Module):
         text: Tensor,
         text_lengths: Tensor,
         drop_condition: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
-        """The whole sequence.
+        """The whole sequence, or a part of it.
 
         Args:
             inputs: teacher-forced block inputs, [B, V, d] (`tokenizer.sequence.video_inputs`).
@@ -49,17 +50,24 @@ class InputEmbedding(nn.Module):
             text: features [B, L, text_dim], or class ids, long [B].
             text_lengths: |text| of each clip, [B].
             drop_condition: the clips whose text becomes the null sequence, bool [B]; None: none of them.
+            places: of the tokens that are wanted, ascending, int64 [P]; None: all S.
 
         Returns:
-            [B, S, h]; end padding is zero.
+            [B, P, h]; end padding is zero.
         """
+        device, text_tokens, end = inputs.device, layout.text_length, layout.text_length + layout.video_tokens
+        frame, scale = layout.frame.to(device), layout.scale.to(device)
         condition = self.embed_text(text, drop_condition)
-        device = inputs.device
-        video = self.embed_video(inputs, layout.frame.to(device), layout.scale.to(device), layout.schedule.num_scales)
-        padding = condition.new_zeros(
-            inputs.shape[0], layout.length - condition.shape[1] - video.shape[1], condition.shape[2]
-        )
-        return torch.cat([condition, video, padding], dim=1)
+        if places is None:
+            video = self.embed_video(inputs, frame, scale, layout.schedule.num_scales)
+            padding = video.new_zeros(len(inputs), layout.length - end, video.shape[2])
+            return torch.cat([condition, video, padding], dim=1)
+        # no shape depends on the places: a GPU need not tell the processor how many of them are text
+        rows = (places - text_tokens).clamp(0, layout.video_tokens - 1)
+        video = self.embed_video(inputs[:, rows], frame[rows], scale[rows], layout.schedule.num_scales)
+        condition = condition[:, places.clamp(max=text_tokens - 1)]
+        hidden = torch.where((places < text_tokens)[:, None], condition, video)
+        return hidden.masked_fill((places >= end)[:, None], 0)
 
     def embed_text(self, text: Tensor, drop_condition: Tensor | None = None) -> Tensor:
         """Features [B, L, text_dim] or class ids [B] -> [B, L, h]. A dropped clip takes the null text's rows."""
@@ -79,14 +87,3 @@ class InputEmbedding(nn.Module):
         if hasattr(self, "context_embedding"):
             scales = torch.cat([scales, self.context_embedding[None]])
         return hidden + start[:, None] * self.start_token + scales[scale]
-
-
-def init_normal(module: nn.Module) -> None:
-    """Every matrix, embedding and learnt token normal with standard deviation 0.02; biases zero, norms one."""
-    for name, parameter in module.named_parameters():
-        if name.endswith("norm.weight"):
-            nn.init.ones_(parameter)
-        elif name.endswith(".bias"):
-            nn.init.zeros_(parameter)
-        else:
-            nn.init.normal_(parameter, std=INIT_STD)

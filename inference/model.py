@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inference.config import ModelConfig
-from inference.embedding import InputEmbedding, init_normal
+from inference.embedding import InputEmbedding
+from inference.initial import draw
 from inference.rope import apply_rotary, rotary_angles
 from tokenizer.sequence import SequenceLayout
 
@@ -90,7 +91,10 @@ class VideoARTransformer(nn.Module):
         self.layers = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.final_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.bits, bias=False)
-        self._init_weights()
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if not parameter.is_meta:
+                    parameter.copy_(draw(name, parameter.shape, config.num_layers))
 
     def forward(
         self,
@@ -143,11 +147,8 @@ class VideoARTransformer(nn.Module):
         angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         return angles.cos(), angles.sin()
 
-    @torch.no_grad()
-    def _init_weights(self) -> None:
-        init_normal(self)
-        # 2 * layers branches add up in the residual stream: smaller output projections keep its variance
-        for layer in self.layers:
-            assert isinstance(layer, Block)
-            layer.attention.o_proj.weight.mul_((2 * self.config.num_layers) ** -0.5)
-            layer.feed_forward.down_proj.weight.mul_((2 * self.config.num_layers) ** -0.5)
+    @classmethod
+    def shapes(cls, config: ModelConfig) -> dict[str, torch.Size]:
+        """Of all weights, by name; no weight is made."""
+        with torch.device("meta"):
+            return {name: value.shape for name, value in cls(config).state_dict().items()}

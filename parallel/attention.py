@@ -1,6 +1,6 @@
 """The core of attention on megatron-core: three-axis rotary angles a clip, and the block-causal mask with its frame mask.
 
-One `AttentionContext` describes a microbatch. It is built once, on every pipeline stage, and travels to the layers as megatron's
+One `AttentionContext` describes a microbatch. Every stage (and virtual stage) builds it, and it travels to the layers as megatron's
 `attention_bias`, which nothing but `BlockCausalAttention` reads.
 """
 
@@ -18,12 +18,16 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from inference.config import ModelConfig
 from inference.rope import rotary_angles
+from parallel.context import Shares
 from parallel.frame_attention import Visibility, additive, frame_attention
-from parallel.rotary import full_angles, rotate
+from parallel.rotary import Angles, full_angles, rotate
 from tokenizer.errors import UserError
 from tokenizer.sequence import SequenceLayout
 
 log = logging.getLogger(__name__)
+
+MAX_SHAPES = 64
+"""Shapes of microbatches that FlexAttention is compiled for; past them torch would silently fall back to the dense reference."""
 
 
 @functools.cache
@@ -55,13 +59,16 @@ class AttentionContext:
     """What attention needs to know of a microbatch.
 
     Args:
-        cos, sin: of `rotary.full_angles`, float32 [S, B, 1, D].
-        mask: what it is made of (frames), additive [B, 1, S, S] in the activations' dtype (sdpa), or FlexAttention's block mask.
+        angles: of all tokens, for keys.
+        own_angles: of this rank's, for queries.
+        mask: what it is made of (frames), additive [B, 1, S / CP, S] in the activations' dtype (sdpa), or FlexAttention's block mask.
+        shares: which tokens this rank holds under context parallelism; None: all.
     """
 
-    cos: Tensor
-    sin: Tensor
+    angles: Angles
+    own_angles: Angles
     mask: Visibility | Tensor | BlockMask
+    shares: Shares | None = None
 
     @classmethod
     def build(
@@ -72,6 +79,7 @@ class AttentionContext:
         frame_mask: Tensor | None,
         dtype: torch.dtype,
         backend: str,
+        shares: Shares | None = None,
     ) -> AttentionContext:
         """Positions (Eq. 7) and visibility (Eq. 9) of a microbatch.
 
@@ -82,23 +90,34 @@ class AttentionContext:
             frame_mask: random frame mask m, bool [B, T, T]; None: all ones.
             dtype: of the activations.
             backend: of `choose_backend`.
+            shares: of the tokens under context parallelism.
         """
+        own = None if shares is None else shares.own
         positions = layout.positions(text_lengths, config.rope_scaled_spatial, flat=config.rope == "flat")
         angles = rotary_angles(positions, config.head_dim, config.rope_theta)  # [B, S, D/2]
         if backend == "flex":
-            mask: Visibility | Tensor | BlockMask = flex_mask(layout, text_lengths, frame_mask, config.window)
+            mask: Visibility | Tensor | BlockMask = flex_mask(layout, text_lengths, frame_mask, config.window, own)
         elif backend == "frames":
             batch, device = text_lengths.shape[0], text_lengths.device
-            mask = Visibility(layout, text_lengths, layout.frames_visible(batch, frame_mask, config.window, device))
+            seen = layout.frames_visible(batch, frame_mask, config.window, device)
+            mask = Visibility(layout, text_lengths, seen, own)
         else:
             visible = layout.attention_mask(text_lengths, frame_mask, config.window)  # [B, S, S]
+            visible = visible if own is None else visible[:, own]
             # additive: a boolean mask would be turned into this one again in every layer
             mask = additive(visible, dtype)[:, None]
-        return cls(*full_angles(angles), mask)
+        full = full_angles(angles)
+        return cls(full, full if own is None else full.at(own), mask, shares)
 
 
-def flex_mask(layout: SequenceLayout, text_lengths: Tensor, frame_mask: Tensor | None, window: int | None) -> BlockMask:
-    """The mask of `SequenceLayout.attention_mask` as FlexAttention's block mask: no [S, S] tensor exists."""
+def flex_mask(
+    layout: SequenceLayout,
+    text_lengths: Tensor,
+    frame_mask: Tensor | None,
+    window: int | None,
+    places: Tensor | None = None,
+) -> BlockMask:
+    """`SequenceLayout.attention_mask`, of the queries at `places`, as FlexAttention's block mask: on a GPU no [S, S] tensor exists."""
     device, batch, length = text_lengths.device, text_lengths.shape[0], layout.length
     frame = torch.full((length,), -1, dtype=torch.int32, device=device)
     block = torch.full((length,), -1, dtype=torch.int32, device=device)
@@ -108,6 +127,7 @@ def flex_mask(layout: SequenceLayout, text_lengths: Tensor, frame_mask: Tensor |
     seen = layout.frames_visible(batch, frame_mask, window, device)  # [B, T, T]
 
     def visible(clip: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        query = query if places is None else places[query]
         query_video, key_video = frame[query] >= 0, frame[key] >= 0
         valid_key_text = key < text_lengths[clip]
         to_text = valid_key_text & (query_video | (query < text_lengths[clip]))
@@ -115,7 +135,8 @@ def flex_mask(layout: SequenceLayout, text_lengths: Tensor, frame_mask: Tensor |
         earlier = seen[clip, frame[query].clamp(min=0), frame[key].clamp(min=0)]
         return (query == key) | to_text | (query_video & key_video & (same | earlier))
 
-    return create_block_mask(visible, batch, None, length, length, device=str(device))
+    queries = length if places is None else len(places)
+    return _block_mask(device.type)(visible, batch, None, queries, length, device=str(device))
 
 
 class BlockCausalAttention(torch.nn.Module):
@@ -137,12 +158,15 @@ class BlockCausalAttention(torch.nn.Module):
         attention_bias: AttentionContext | None = None,
         packed_seq_params: None = None,
     ) -> Tensor:
-        """Queries, keys and values [S, B, heads, D] -> [S, B, heads * D]."""
+        """Queries, keys and values [S / CP, B, heads, D] -> [S / CP, B, heads * D]."""
         context = attention_bias
         assert context is not None and packed_seq_params is None
+        if context.shares is not None:
+            both = context.shares.gather(torch.cat([key, value], dim=-1), sum_gradients=True)  # [S, B, heads, 2 D]
+            key, value = both.chunk(2, dim=-1)
         if isinstance(context.mask, Visibility):
-            return frame_attention(query, key, value, context.cos, context.sin, context.mask)
-        query, key = (rotate(one, context.cos, context.sin) for one in (query, key))
+            return frame_attention(query, key, value, context.own_angles, context.angles, context.mask)
+        query, key = rotate(query, context.own_angles), rotate(key, context.angles)
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [B, heads, S, D]
         if isinstance(context.mask, BlockMask):
             out = _flex(q.device.type)(q, k, v, block_mask=context.mask)
@@ -154,4 +178,16 @@ class BlockCausalAttention(torch.nn.Module):
 @functools.cache
 def _flex(device_type: str) -> Any:
     # compiled it is a fused kernel; uncompiled it is a dense reference that also runs on a CPU
-    return torch.compile(flex_attention, dynamic=False) if device_type == "cuda" else flex_attention
+    return _compiled(flex_attention) if device_type == "cuda" else flex_attention
+
+
+@functools.cache
+def _block_mask(device_type: str) -> Any:
+    # uncompiled it makes the whole [S, S] mask on its way
+    return _compiled(create_block_mask) if device_type == "cuda" else create_block_mask
+
+
+def _compiled(function: Any) -> Any:
+    # once for each bucket and number of clips, and never from step to step
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_SHAPES)
+    return torch.compile(function, dynamic=False)

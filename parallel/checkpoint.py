@@ -1,25 +1,19 @@
-"""Training checkpoints: megatron-core's distributed format, written whole or not at all, read on any layout.
+"""Training checkpoints in megatron-core's distributed format: what is in them, which are whole, and reading them on any layout.
 
-DIR/step-100/   complete.json is written last of all; the folder is `.tmp-step-100` until then
+DIR/step-100/   complete.json is written last of all; the folder is `.tmp-step-100` until then (`parallel.saving`)
 """
 
 from __future__ import annotations
 
-import json
-import os
-import queue
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint import CheckpointException
@@ -29,63 +23,18 @@ from parallel.ema import Ema
 from parallel.model import unwrap
 from parallel.train_step import update
 from tokenizer.errors import UserError
-from tokenizer.files import sync
 
 MARKER = "complete.json"
+SCALES = "._extra_state"
+"""How the names end under which Transformer Engine keeps its FP8 scales and their history."""
 EMA_UPDATES = "ema_updates"
 """In `common`, where the checkpoint holds running means."""
 
 
-def save(
-    directory: str | Path,
-    step: int,
-    chunks: Sequence[torch.nn.Module],
-    optimizer: MegatronOptimizer,
-    common: dict[str, Any],
-    keep: int | None = None,
-    ema: Ema | None = None,
-) -> Path:
-    """Writes `directory/step-<step>`. Every rank must call it.
-
-    Args:
-        directory: of all checkpoints of a run.
-        step: finished optimizer steps.
-        chunks, optimizer: of `build_model` and `build_optimizer`.
-        common: what is the same on all ranks: data position, configuration (anything that pickles).
-        keep: how many checkpoints stay, the newest ones; None: all.
-        ema: running means to keep beside the weights.
-
-    Returns:
-        The checkpoint's folder.
-    """
-    directory = Path(directory)
-    final, temporary = directory / f"step-{step}", directory / f".tmp-step-{step}"
-    if dist.get_rank() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        for left in directory.glob(".tmp-step-*"):
-            shutil.rmtree(left)
-        temporary.mkdir()
-    dist.barrier()
-    with cuda_redirected():
-        state = _state(chunks, optimizer, ema, loading=False)
-        state["common"] = common | ({EMA_UPDATES: ema.updates} if ema else {})
-        dist_checkpointing.save(state, str(temporary), sharded_strategy=_InProcessSave("torch_dist", 1, thread_count=1))
-    if dist.get_rank() == 0:
-        _write_marker(temporary / MARKER, {"step": step})
-        if final.exists():
-            _remove(final)
-        temporary.rename(final)
-        sync(directory)
-        for old in _complete(directory)[:-keep] if keep else []:
-            _remove(old)
-    dist.barrier()
-    return final
-
-
 def latest(directory: str | Path) -> Path | None:
     """The newest complete checkpoint of a run's folder, or None; incomplete ones do not count."""
-    complete = _complete(Path(directory))
-    return complete[-1] if complete else None
+    whole = complete(Path(directory))
+    return whole[-1] if whole else None
 
 
 def load_common(checkpoint: str | Path) -> dict[str, Any]:
@@ -131,8 +80,9 @@ def load(
         update(optimizer, 0.0)
     ema_updates = None if ema is None else load_common(folder).get(EMA_UPDATES)
     with cuda_redirected():
-        state = _state(chunks, optimizer, ema if ema_updates is not None else None, loading=True)
+        state = sharded_state(chunks, optimizer, ema if ema_updates is not None else None, loading=True)
         try:
+            _leave_out_scales(state, folder)
             loaded = cast(dict[str, Any], dist_checkpointing.load(state, str(folder)))
         except (KeyError, CheckpointingException, CheckpointException) as error:
             # torch's exception quotes the traceback of every rank; the last line is the reason
@@ -141,7 +91,7 @@ def load(
                 f"the checkpoint {folder} does not fit this network ({reason}): use the configuration it was trained with."
             ) from error
         for index, chunk in enumerate(chunks):
-            unwrap(chunk).load_state_dict(loaded[f"model{index}"])
+            _load_weights(unwrap(chunk), loaded[f"model{index}"])
         if ema is not None:
             source = "model" if ema_updates is None else "ema"
             ema.load_chunks([loaded[f"{source}{index}"] for index in range(len(chunks))], ema_updates or 0)
@@ -150,11 +100,19 @@ def load(
     return loaded["common"]
 
 
-def _state(
+def sharded_state(
     chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, ema: Ema | None, loading: bool
 ) -> dict[str, Any]:
+    """What a checkpoint holds of this process, as megatron-core's shards.
+
+    Args:
+        chunks, optimizer, ema: what there is of it.
+        loading: whether it is about to be read.
+    """
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
+        # gathered by one rank over gloo, not by all of them on their GPUs
+        "distrib_optim_fully_reshardable_mem_efficient": torch.cuda.is_available(),
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     state: dict[str, Any] = {
@@ -166,6 +124,24 @@ def _state(
         means = ema.sharded([state[f"model{index}"] for index in range(len(chunks))])
         state |= {f"ema{index}": one for index, one in enumerate(means)}
     return state
+
+
+def _leave_out_scales(state: dict[str, Any], folder: Path) -> None:
+    """Asks for no FP8 scales that the checkpoint lacks, as one does that was written in another precision: they begin anew."""
+    stored = {entry.key for entry in load_sharded_metadata(str(folder)).values()}
+    for name, part in state.items():
+        if name.startswith("model"):
+            for key in [key for key, entry in part.items() if key.endswith(SCALES) and entry.key not in stored]:
+                del part[key]
+
+
+def _load_weights(stage: torch.nn.Module, state: dict[str, Any]) -> None:
+    missing, unexpected = stage.load_state_dict(state, strict=False)
+    wrong = [name for name in (*missing, *unexpected) if not name.endswith(SCALES)]
+    if wrong:
+        raise UserError(
+            f"the checkpoint and this network have different weights ({', '.join(wrong[:3])}): use the configuration it was trained with."
+        )
 
 
 def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
@@ -194,8 +170,9 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None
     finally:
         inner._set_main_param_and_optimizer_states = original  # type: ignore[method-assign]
     if has_step:
-        for entry in inner.optimizer.state.values():
-            entry["step"] = entry["step"].clone()
+        for parameter, entry in inner.optimizer.state.items():
+            # where the update looks for it, whichever optimizer wrote the checkpoint
+            entry["step"] = entry["step"].to(parameter.device, copy=True)
 
 
 def _distributed(optimizer: MegatronOptimizer) -> Any:
@@ -204,38 +181,7 @@ def _distributed(optimizer: MegatronOptimizer) -> Any:
     return inner
 
 
-class _InProcessSave(TorchDistSaveShardedStrategy):
-    """Writes in this process. megatron's own synchronous save spawns a manager and forks writers: seconds for a small model."""
-
-    def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
-        # megatron makes a manager process for results unless a queue is there already
-        results: queue.Queue = queue.Queue()
-        filesystem_async._results_queue = results
-        try:
-            request = self.async_save(sharded_state_dict, checkpoint_dir)
-            if request.async_fn is not None:
-                transforms = request.async_fn.args[0]  # type: ignore[attr-defined]
-                buckets = request.preload_fn()
-                results.put({index: self._write(transforms, bucket) for index, bucket in enumerate(buckets)})
-            dist.barrier()
-            for finalize in request.finalize_fns:
-                finalize()
-        finally:
-            filesystem_async._results_queue = None
-
-    @staticmethod
-    def _write(transforms: Any, bucket: Any) -> Any:
-        written: queue.Queue = queue.Queue()
-        counted: queue.Queue = queue.Queue()
-        counted.put(0)
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data(transforms, 0, bucket, written, counted, True)  # type: ignore[arg-type]
-        _, outcome = written.get_nowait()
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-
-def _complete(directory: Path) -> list[Path]:
+def complete(directory: Path) -> list[Path]:
     """The complete checkpoints of a folder, oldest first."""
     found = []
     for folder in directory.glob("step-*") if directory.is_dir() else ():
@@ -252,20 +198,7 @@ def _checked(checkpoint: str | Path) -> Path:
     if not (folder / MARKER).is_file():
         newest = latest(folder.parent)
         other = f"use {newest}" if newest else "start again"
-        if _complete(folder):
+        if complete(folder):
             other = f"it holds checkpoints: use {latest(folder)}"
         raise UserError(f"the checkpoint {folder} is incomplete (no {MARKER}: its writing was cut short): {other}.")
     return folder
-
-
-def _remove(folder: Path) -> None:
-    """Deletes a checkpoint so that what a kill leaves behind is not taken for whole."""
-    (folder / MARKER).unlink(missing_ok=True)
-    shutil.rmtree(folder)
-
-
-def _write_marker(file: Path, content: dict[str, Any]) -> None:
-    with file.open("w") as out:
-        json.dump(content, out)
-        out.flush()
-        os.fsync(out.fileno())

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from parallel.model import unwrap
+from parallel.model import settle, unwrap
 from parallel.setup import pipeline_group, tensor_group
 
 # megatron's name within a layer -> the reference's
@@ -62,6 +62,7 @@ def gather_reference(chunks: Sequence[torch.nn.Module]) -> dict[str, Tensor]:
 
     Every rank must call it. One layer at a time travels, so no GPU holds more than one whole layer.
     """
+    settle(chunks)
     own: dict[str, Tensor] = {}
     for name, parameter in _parameters(chunks):
         prefix, inner = _split(name)
@@ -87,7 +88,8 @@ def _collect(own: dict[str, Tensor]) -> dict[str, Tensor]:
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
     if pipeline == 1:
         return own if dist.get_rank() == 0 else {}
-    sends = parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_data_parallel_rank() == 0
+    first_copy = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    sends = first_copy and parallel_state.get_tensor_model_parallel_rank() == 0
     gathered: dict[str, Tensor] = dict(own) if dist.get_rank() == 0 else {}
     if sends:
         group = pipeline_group()

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import param_and_grad_buffer
+from megatron.core.optimizer import clip_grads
 from megatron.core.tensor_parallel import layers, mappings
 from megatron.core.tensor_parallel import random as megatron_random
 from torch import Tensor
@@ -68,6 +70,48 @@ def _reduce_scatter(output: Tensor, input: Tensor, group: dist.ProcessGroup, asy
     return _Exchange(other, output, group, lambda: output.add_(mine), async_op)
 
 
+class _Done:
+    """The handle of messages that nobody had to send."""
+
+    def wait(self) -> None:
+        """There is nothing to wait for."""
+
+
+def _unless_alone(send: Callable[..., Any]) -> Callable[..., Any]:
+    """A collective that does nothing within one rank, in place: gloo would copy all gradients and parameters onto themselves."""
+
+    def message(output: Tensor, input: Tensor, *args: Any, group: dist.ProcessGroup, **kwargs: Any) -> Any:
+        if group.size() > 1 or output.data_ptr() != input.data_ptr():
+            return send(output, input, *args, group=group, **kwargs)
+        return _Done()
+
+    return message
+
+
+def _coalescing(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
+    """torch's manager can't close over no message."""
+    return dist._coalescing_manager(group, *args, **kwargs) if group.size() > 1 else contextlib.nullcontext(_Done())
+
+
+def _scale(chunk_size: int, overflow: Tensor, lists: list[list[Tensor]], factor: float) -> None:
+    """megatron's `multi_tensor_scale`, within the tensors' own memory."""
+    for source, target in zip(*lists):
+        torch.mul(source, factor, out=target)
+
+
+class _WeightGradient:
+    """What Apex's extension of this name does on GPUs: a weight's gradient goes straight into its float32 accumulator."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(input: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
+        """main_grad [out, in] += grad_output' [out, n] @ input [n, in]."""
+        if input.dtype == main_grad.dtype:
+            main_grad.addmm_(grad_output.t(), input)
+        else:
+            main_grad.add_(grad_output.t() @ input)
+
+
+_MISSING = object()
 # (owner, attribute, replacement)
 _REDIRECTIONS: tuple[tuple[Any, str, Any], ...] = (
     (torch.cuda, "current_device", lambda: CPU),
@@ -78,8 +122,14 @@ _REDIRECTIONS: tuple[tuple[Any, str, Any], ...] = (
     (torch.cuda, "set_rng_state", _set_state),
     (megatron_random, "_get_cuda_rng_state", _get_state),
     (megatron_random, "_set_cuda_rng_state", _set_state),
+    (layers, "fused_weight_gradient_mlp_cuda", _WeightGradient),
+    (layers, "_grad_accum_fusion_available", True),
     (layers, "dist_all_gather_func", _all_gather),
     (layers, "dist_reduce_scatter_func", _reduce_scatter),
+    (param_and_grad_buffer, "dist_all_gather_func", _unless_alone(dist.all_gather_into_tensor)),
+    (param_and_grad_buffer, "dist_reduce_scatter_func", _unless_alone(dist.reduce_scatter_tensor)),
+    (param_and_grad_buffer, "_coalescing_manager", _coalescing),
+    (clip_grads, "multi_tensor_scale_impl", _scale),
     (mappings, "dist_all_gather_func", _all_gather),
     (mappings, "dist_reduce_scatter_func", _reduce_scatter),
 )
@@ -117,7 +167,7 @@ def cuda_redirected() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
-    before = [getattr(owner, name) for owner, name, _ in _REDIRECTIONS]
+    before = [getattr(owner, name, _MISSING) for owner, name, _ in _REDIRECTIONS]
     for owner, name, replacement in _REDIRECTIONS:
         setattr(owner, name, replacement)
     try:
@@ -125,4 +175,7 @@ def cuda_redirected() -> Iterator[None]:
             yield
     finally:
         for (owner, name, _), original in zip(_REDIRECTIONS, before):
-            setattr(owner, name, original)
+            if original is _MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.model import unwrap
+from parallel.model import settle, unwrap
 from tokenizer import ema
 
 PREFIX = "ema."
@@ -26,6 +26,12 @@ class Ema(ema.Ema):
 
     def __init__(self, chunks: Sequence[torch.nn.Module], decay: float):
         super().__init__(torch.nn.ModuleList([unwrap(chunk) for chunk in chunks]), decay)
+        self._chunks = list(chunks)
+
+    def update(self) -> None:
+        """After each optimizer step."""
+        settle(self._chunks)
+        super().update()
 
     def sharded(self, states: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """What a checkpoint holds of the means, by chunk.

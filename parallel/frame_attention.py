@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from parallel.rotary import turn
+from parallel.rotary import Angles, turn
 from tokenizer.sequence import SequenceLayout
 
 
@@ -40,33 +41,59 @@ class Visibility:
         layout: the sequence.
         text_lengths: int [B].
         frames_seen: of `SequenceLayout.frames_visible`, bool [B, T, T].
+        places: of this rank's queries under context parallelism, ascending; None: all of the sequence.
     """
 
     layout: SequenceLayout
     text_lengths: Tensor
     frames_seen: Tensor
+    places: Tensor | None = None
+
+    @cached_property
+    def bounds(self) -> list[int]:
+        """Where this rank's queries of the text, of each frame and of the end padding begin, and where they end."""
+        layout = self.layout
+        starts = [0, *range(layout.text_length, layout.text_length + layout.video_tokens + 1, layout.frame_tokens)]
+        if self.places is None:
+            return [*starts, layout.length]
+        wanted = torch.tensor([*starts, layout.length], device=self.places.device)
+        return torch.searchsorted(self.places, wanted).tolist()
+
+    def rows(self, part: int) -> tuple[slice, Tensor | slice]:
+        """Of part 0 (text), 1 + t (frame t) or 1 + T (end padding): the queries' rows on this rank, and their places within the part."""
+        rows = slice(self.bounds[part], self.bounds[part + 1])
+        if self.places is None:
+            return rows, slice(None)
+        start = 0 if part == 0 else self.layout.text_length + (part - 1) * self.layout.frame_tokens
+        return rows, self.places[rows] - start
 
     def groups(self, dtype: torch.dtype) -> Iterator[Group]:
-        """The text, then frame after frame, with masks of this dtype."""
+        """The text, then frame after frame, with masks of this dtype; only what this rank has queries of."""
         layout, device = self.layout, self.text_lengths.device
         batch, text, tokens = len(self.text_lengths), layout.text_length, layout.frame_tokens
         valid = torch.arange(text, device=device) < self.text_lengths[:, None]  # [B, L]
         itself = torch.eye(text, dtype=torch.bool, device=device)
-        yield Group(slice(0, text), slice(0, text), additive(valid[:, :, None] & valid[:, None] | itself, dtype))
+        rows, own_rows = self.rows(0)
+        if rows.start < rows.stop:
+            visible = valid[:, own_rows, None] & valid[:, None] | itself[own_rows]
+            yield Group(rows, slice(0, text), additive(visible, dtype))
         block = layout.scale[:tokens].to(device)
         own = (block[None] <= block[:, None]).expand(batch, -1, -1)  # [B, n, n]
         place = torch.arange(text + layout.video_tokens, device=device)
         for frame in range(layout.num_frames):
-            start = text + frame * tokens
+            rows, own_rows = self.rows(1 + frame)
+            if rows.start == rows.stop:
+                continue
+            start, same = text + frame * tokens, own[:, own_rows]
             seen = self.frames_seen[:, frame, :frame]  # [B, t]
             used = seen.any(0).nonzero()[:, 0]  # frames that no clip sees are left out
             before = torch.cat([valid, seen[:, used].repeat_interleave(tokens, dim=1)], dim=1)  # [B, keys before]
-            visible = torch.cat([before[:, None].expand(-1, tokens, -1), own], dim=2)
+            visible = torch.cat([before[:, None].expand(-1, same.shape[1], -1), same], dim=2)
             keys: slice | Tensor = slice(0, start + tokens)
             if len(used) < frame:
                 earlier = place[text:start].view(frame, tokens)[used].flatten()
                 keys = torch.cat([place[:text], earlier, place[start : start + tokens]])
-            yield Group(slice(start, start + tokens), keys, additive(visible, dtype))
+            yield Group(rows, keys, additive(visible, dtype))
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -74,18 +101,19 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 
-def frame_attention(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, mask: Visibility) -> Tensor:
+def frame_attention(query: Tensor, key: Tensor, value: Tensor, own: Angles, whole: Angles, mask: Visibility) -> Tensor:
     """Rotates queries and keys and attends: softmax(q k' / sqrt(D)) v under the mask.
 
     Args:
-        query, key, value: [S, B, heads, D].
-        cos, sin: of `rotary.full_angles`.
+        query: [S / CP, B, heads, D], the mask's `places`.
+        key, value: [S, B, heads, D].
+        own, whole: of the queries, and of the keys.
         mask: who sees whom.
 
     Returns:
-        [S, B, heads * D].
+        [S / CP, B, heads * D].
     """
-    return _FrameAttention.apply(query, key, value, cos, sin, mask)
+    return _FrameAttention.apply(query, key, value, own, whole, mask)
 
 
 class _FrameAttention(torch.autograd.Function):
@@ -93,12 +121,13 @@ class _FrameAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, mask: Visibility
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, own: Angles, whole: Angles, mask: Visibility
     ) -> Tensor:
-        ctx.save_for_backward(query, key, value, cos, sin)
-        ctx.mask = mask
-        q, k, v = _turned(query, key, value, cos, sin)
-        out = value.contiguous().clone()  # end padding sees only itself
+        ctx.save_for_backward(query, key, value)
+        ctx.own, ctx.whole, ctx.mask = own, whole, mask
+        q, k, v = _turned(query, key, value, own, whole)
+        # end padding sees only itself
+        out = value.contiguous().clone() if mask.places is None else value.index_select(0, mask.places)
         places = _by_place(out)
         for group in mask.groups(q.dtype):
             places[group.rows] = torch.bmm(_probabilities(q, k, group), v[:, group.keys]).transpose(0, 1)
@@ -106,13 +135,14 @@ class _FrameAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, key, value, cos, sin = ctx.saved_tensors
-        q, k, v = _turned(query, key, value, cos, sin)
-        grad_out = _heads(grad.view(value.shape).to(q.dtype))
-        grads = [torch.zeros(value.shape, dtype=q.dtype, device=q.device) for _ in range(3)]
+        query, key, value = ctx.saved_tensors
+        q, k, v = _turned(query, key, value, ctx.own, ctx.whole)
+        grad_out = _heads(grad.view(query.shape).to(q.dtype))
+        grads = [torch.zeros(one.shape, dtype=q.dtype, device=q.device) for one in (query, key, value)]
         grad_q, grad_k, grad_v = (_by_place(one) for one in grads)
-        end = ctx.mask.layout.text_length + ctx.mask.layout.video_tokens
-        grad_v[end:] = grad_out[:, end:].transpose(0, 1)
+        layout = ctx.mask.layout
+        rows, own_rows = ctx.mask.rows(1 + layout.num_frames)
+        grad_v[layout.text_length + layout.video_tokens :][own_rows] = grad_out[:, rows].transpose(0, 1)
         for group in ctx.mask.groups(q.dtype):
             seen, own = _probabilities(q, k, group), grad_out[:, group.rows]
             grad_seen = torch.bmm(own, v[:, group.keys].transpose(1, 2))
@@ -124,15 +154,15 @@ class _FrameAttention(torch.autograd.Function):
                     total[group.keys] += product
                 else:
                     total.index_add_(0, group.keys, product)
-        grads[0] = turn(grads[0], cos, sin, -1).mul_(query.shape[-1] ** -0.5)
-        grads[1] = turn(grads[1], cos, sin, -1)
+        grads[0] = turn(grads[0], ctx.own, -1).mul_(query.shape[-1] ** -0.5)
+        grads[1] = turn(grads[1], ctx.whole, -1)
         return *(one.to(value.dtype) for one in grads), None, None, None
 
 
-def _turned(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _turned(query: Tensor, key: Tensor, value: Tensor, own: Angles, whole: Angles) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (turned and scaled), keys (turned) and values as wide views [B * heads, S, D]."""
     wide = torch.promote_types(query.dtype, torch.float32)
-    q, k = (turn(one.to(wide), cos, sin) for one in (query, key))
+    q, k = turn(query.to(wide), own), turn(key.to(wide), whole)
     return _heads(q.mul_(query.shape[-1] ** -0.5)), _heads(k), _heads(value.to(wide))
 
 

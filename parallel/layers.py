@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 from typing import Any
@@ -25,6 +26,9 @@ from parallel.setup import ParallelConfig
 from tokenizer.errors import UserError
 
 log = logging.getLogger(__name__)
+
+FP8_HISTORY = 1024
+"""Steps whose largest values set the scales of delayed FP8 (Transformer Engine's own default)."""
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -87,26 +91,36 @@ def swiglu(x: Tensor) -> Tensor:
     return _SwiGLU.apply(x)
 
 
-def use_transformer_engine(wanted: str) -> bool:
+@functools.cache
+def use_transformer_engine(wanted: str, fp8: str = "none") -> bool:
     """Whether the layers come from Transformer Engine, with the reason in the log.
 
     Args:
         wanted: "auto", "on" or "off".
+        fp8: `ParallelConfig.fp8`, which needs it.
 
     Raises:
-        UserError: "on" without Transformer Engine or without a GPU.
+        UserError: it is demanded without Transformer Engine or without a GPU, or FP8 without it.
     """
     present, has_cuda = importlib.util.find_spec("transformer_engine") is not None, torch.cuda.is_available()
-    if wanted == "on" and not (present and has_cuda):
+    if fp8 != "none" and wanted == "off":
+        raise UserError(f"fp8: {fp8} needs transformer_engine: set it to auto or on, or fp8 to none.")
+    if (wanted == "on" or fp8 != "none") and not (present and has_cuda):
         missing = "the package transformer-engine" if not present else "a GPU"
-        raise UserError(
-            f"transformer_engine: on needs {missing}: install requirements-gpu.txt on a GPU node, or set auto."
-        )
+        demanded, instead = (f"fp8: {fp8}", "fp8 to none") if fp8 != "none" else ("transformer_engine: on", "auto")
+        raise UserError(f"{demanded} needs {missing}: install requirements-gpu.txt on a GPU node, or set {instead}.")
     chosen = wanted != "off" and present and has_cuda
     found = f"package {'there' if present else 'not installed'}, GPU {'there' if has_cuda else 'not there'}"
     reason = found if wanted == "auto" else "as configured"
     log.info("layers: %s (%s)", "Transformer Engine" if chosen else "megatron-core's own", reason)
     return chosen
+
+
+def fuses_weight_gradients(parallel: ParallelConfig) -> bool:
+    """Whether weights' gradients go straight into their accumulators: by Transformer Engine, by Apex, or on a CPU by `parallel.cpu`."""
+    if not torch.cuda.is_available() or use_transformer_engine(parallel.transformer_engine, parallel.fp8):
+        return True
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def block_spec(
@@ -162,10 +176,21 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
     """megatron-core's configuration of this network. The loss is summed over clips and divided by their global number."""
     has_cuda = torch.cuda.is_available()
     recompute: dict[str, Any] = {}
+    fp8: dict[str, Any] = {}
     if parallel.recompute == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif parallel.recompute == "selective":
         recompute = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+    if parallel.fp8 != "none":
+        if parallel.dtype != torch.bfloat16:
+            raise UserError(f"fp8: {parallel.fp8} needs precision: bfloat16 (or auto), not {parallel.precision}.")
+        recipe = "delayed" if parallel.fp8 == "delayed" else "tensorwise"
+        fp8 = {
+            "fp8": "hybrid",
+            "fp8_recipe": recipe,
+            "fp8_amax_history_len": FP8_HISTORY,
+            "fp8_amax_compute_algo": "max",
+        }
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -186,6 +211,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_stages,
+        context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.shares_sequence,
         params_dtype=parallel.dtype,
         pipeline_dtype=parallel.dtype,
@@ -193,12 +219,14 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         batch_p2p_comm=parallel.virtual_stages is None,
         bf16=parallel.dtype == torch.bfloat16,
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fuses_weight_gradients(parallel),
         masked_softmax_fusion=False,
         bias_activation_fusion=has_cuda,
         # megatron's name for "the layer specification says which activation": swiglu above
         use_te_activation_func=not has_cuda,
         bias_dropout_fusion=False,
         deallocate_pipeline_outputs=True,
+        deterministic_mode=parallel.deterministic,
         **recompute,
+        **fp8,
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
@@ -13,8 +16,10 @@ from torch import Tensor
 from inference.config import ModelConfig
 from inference.embedding import InputEmbedding
 from parallel.attention import AttentionContext, choose_backend
+from parallel.context import Shares, split_tokens, visible_keys
+from parallel.cpu import cuda_redirected
 from parallel.layers import block_spec, transformer_config, use_transformer_engine
-from parallel.setup import ParallelConfig, tensor_group
+from parallel.setup import ParallelConfig, context_group, tensor_group
 from tokenizer.sequence import SequenceLayout
 
 
@@ -45,7 +50,7 @@ class VideoARMegatron(MegatronModule):
             self.embedding = InputEmbedding(model)
         self.decoder = TransformerBlock(
             config,
-            block_spec(config, use_transformer_engine(parallel.transformer_engine), virtual_stage),
+            block_spec(config, use_transformer_engine(parallel.transformer_engine, parallel.fp8), virtual_stage),
             pre_process=self.pre_process,
             post_process=self.post_process,
             vp_stage=virtual_stage,
@@ -88,19 +93,27 @@ class VideoARMegatron(MegatronModule):
             drop_condition: clips without their condition, bool [B].
 
         Returns:
-            On the last stage float32 [B, V, d], whole on every tensor-parallel rank; before it the hidden states
+            On the last stage float32 [B, V, d], whole on every tensor- and context-parallel rank; before it the hidden states
             [S (this rank's share), B, h].
+
+        Raises:
+            ValueError: the sequence does not divide over the ranks.
         """
         if layout.length % self.parallel.sequence_multiple:
             raise ValueError(f"sequence length {layout.length} is no multiple of {self.parallel.sequence_multiple}")
         backend = choose_backend(self.parallel.attention, inputs.device.type)
+        shares = self._shares(layout, text_lengths, frame_mask)
         context = AttentionContext.build(
-            self.model_config, layout, text_lengths, frame_mask, self.parallel.dtype, backend
+            self.model_config, layout, text_lengths, frame_mask, self.parallel.dtype, backend, shares
         )
         hidden = None
         if self.pre_process:
-            hidden = self.embedding(inputs, layout, text, text_lengths, drop_condition)  # [B, S, h]
-            hidden = self._own_tokens(hidden.transpose(0, 1)).contiguous()  # [S / TP, B, h]
+            if drop_condition is None and self.training:
+                # the null text is part of every backward pass: gradients that are reduced as they come must all come
+                drop_condition = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
+            places = self._own_places(layout, shares)
+            hidden = self.embedding(inputs, layout, text, text_lengths, drop_condition, places)  # [B, S / CP / TP, h]
+            hidden = hidden.transpose(0, 1).contiguous()
         hidden = self.decoder(hidden, attention_mask=None, attention_bias=context)
         if not self.post_process:
             return hidden
@@ -108,14 +121,24 @@ class VideoARMegatron(MegatronModule):
         if self.parallel.shares_sequence:
             # every rank computes the same loss, so each keeps its own part of the gradient: nothing to be summed
             logits = gather_from_sequence_parallel_region(logits, tensor_parallel_output_grad=False)
+        if shares is not None:
+            logits = shares.gather(logits, sum_gradients=False)
         logits = logits[layout.text_length : layout.text_length + layout.video_tokens]  # [V, B, d]
         return logits.transpose(0, 1).float()
 
-    def _own_tokens(self, hidden: Tensor) -> Tensor:
-        """This rank's share of the tokens, [S, B, h] -> [S / TP, B, h]. The gradient of the others' tokens stays with them."""
+    def _shares(self, layout: SequenceLayout, text_lengths: Tensor, frame_mask: Tensor | None) -> Shares | None:
+        """Who holds which tokens of this microbatch: the same on all ranks and stages, which know its masks."""
+        if self.parallel.context_parallel_size == 1:
+            return None
+        costs = visible_keys(layout, text_lengths, frame_mask, self.model_config.window)
+        return Shares(split_tokens(costs, self.parallel.context_parallel_size), context_group())
+
+    def _own_places(self, layout: SequenceLayout, shares: Shares | None) -> Tensor | None:
+        """The places of the tokens that this rank embeds, [S / CP / TP]; None: all."""
         if not self.parallel.shares_sequence:
-            return hidden
-        return hidden.chunk(self.parallel.tensor_parallel_size)[self.tp_group.rank()]
+            return None if shares is None else shares.own
+        held = torch.arange(layout.length) if shares is None else shares.own
+        return held.chunk(self.parallel.tensor_parallel_size)[self.tp_group.rank()]
 
 
 def unwrap(chunk: torch.nn.Module) -> VideoARMegatron:
@@ -123,3 +146,12 @@ def unwrap(chunk: torch.nn.Module) -> VideoARMegatron:
     module = getattr(chunk, "module", chunk)
     assert isinstance(module, VideoARMegatron)
     return module
+
+
+def settle(chunks: Sequence[torch.nn.Module]) -> None:
+    """Brings the last update to all data-parallel ranks, if that was left to the next forward pass: before weights are read otherwise."""
+    if unwrap(chunks[0]).parallel.overlaps:
+        with cuda_redirected():
+            for chunk in chunks:
+                if isinstance(chunk, DistributedDataParallel):
+                    chunk.start_param_sync(force_sync=True)

@@ -1,4 +1,4 @@
-"""Processes and their layout: which ranks share a layer (tensor), the depth (pipeline) and the batch (data)."""
+"""Processes and their layout: which ranks share a layer (tensor), a sequence (context), the depth (pipeline) and the batch (data)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
+import torch.utils.deterministic as deterministic
 from megatron.core import parallel_state, tensor_parallel
 
 from inference.config import ModelConfig
@@ -24,12 +25,18 @@ class ParallelConfig:
     Args:
         tensor_parallel_size: processes that share each layer's matrices.
         pipeline_parallel_size: stages that share the depth.
+        context_parallel_size: processes that share each clip's tokens, in equal numbers and with about as many visible keys.
         virtual_pipeline_size: pieces of the depth that each stage holds, taking turns (interleaved 1F1B): smaller bubbles, more messages.
         sequence_parallel: the tensor-parallel ranks also share the tokens outside the matrices (no effect at tensor parallel 1).
         precision: of parameters and activations, "auto" is bfloat16 where the device computes in it; the optimizer's copies,
             gradients and logits are float32 always.
         recompute: "full" keeps only each layer's input and computes the rest again in the backward pass; "selective" does so with
             the feed-forward networks, whose activations are most of a layer's (attention keeps no scores with any back end).
+        fp8: matrix products in FP8 (E4M3 forward, E5M2 for gradients) by Transformer Engine: "delayed" scales by the largest values of the
+            last 1,024 steps, "current" by those at hand; weights, gradients and norms stay as `precision` says, which must be bfloat16.
+        overlap: gradients are reduced during the backward pass and parameters gathered during the next forward pass, among data-parallel
+            ranks; "auto" does so on GPUs. With `optimizer.ema_decay` the gathering is waited for.
+        deterministic: two runs of one layout give the same bits: only kernels that always add up in the same order.
         transformer_engine: "auto" takes Transformer Engine's layers where they are installed and a GPU is there; "on" demands them.
         attention: "frames" (frame by frame), "sdpa" (dense mask), "flex" (FlexAttention, GPU), or "auto": flex on a GPU, else frames.
     """
@@ -37,9 +44,13 @@ class ParallelConfig:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     virtual_pipeline_size: int = 1
+    context_parallel_size: int = 1
     sequence_parallel: bool = True
     precision: Precision = "float32"
     recompute: Literal["none", "selective", "full"] = "none"
+    fp8: Literal["none", "delayed", "current"] = "none"
+    overlap: Literal["auto", "on", "off"] = "auto"
+    deterministic: bool = False
     transformer_engine: Literal["auto", "on", "off"] = "auto"
     attention: Literal["auto", "frames", "sdpa", "flex"] = "auto"
 
@@ -54,6 +65,11 @@ class ParallelConfig:
         return self.virtual_pipeline_size if self.virtual_pipeline_size > 1 else None
 
     @property
+    def overlaps(self) -> bool:
+        """Whether messages between data-parallel ranks overlap with computing on this machine."""
+        return self.overlap == "on" or (self.overlap == "auto" and torch.cuda.is_available())
+
+    @property
     def microbatch_multiple(self) -> int:
         """What the number of microbatches of a step must be a multiple of."""
         return self.pipeline_parallel_size if self.virtual_pipeline_size > 1 else 1
@@ -61,7 +77,9 @@ class ParallelConfig:
     @property
     def sequence_multiple(self) -> int:
         """What a sequence's length must be a multiple of: pass it to `ModelConfig.layout(multiple=...)`."""
-        return self.tensor_parallel_size if self.shares_sequence else 1
+        ranks = self.context_parallel_size * (self.tensor_parallel_size if self.shares_sequence else 1)
+        # FP8 products want every dimension to be a multiple of 16
+        return ranks if self.fp8 == "none" else 16 * ranks
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,6 +124,12 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, world_size: int) 
             raise UserError(
                 f"{what} {value} does not divide by {name} {size}: choose {name} {works} or {what} {_neighbours(value, size)}."
             )
+    for what, value in (("hidden_size", model.hidden_size), ("ffn_hidden_size", model.feed_forward_size)):
+        if parallel.fp8 != "none" and value % (16 * tensor):
+            raise UserError(
+                f"{what} {value} is no multiple of 16 x tensor_parallel_size {tensor}, which fp8: {parallel.fp8} needs: choose "
+                f"{_neighbours(value, 16 * tensor)}."
+            )
     virtual = parallel.virtual_pipeline_size
     if model.num_layers % (pipeline * virtual):
         works = max(size for size in range(1, virtual) if model.num_layers % (pipeline * size) == 0)
@@ -116,22 +140,27 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, world_size: int) 
 
 
 def _check_processes(parallel: ParallelConfig, world_size: int) -> None:
-    tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    tensor, pipeline, context = (
+        parallel.tensor_parallel_size,
+        parallel.pipeline_parallel_size,
+        parallel.context_parallel_size,
+    )
     check_each(
         parallel,
-        ("tensor_parallel_size", "pipeline_parallel_size", "virtual_pipeline_size"),
+        ("tensor_parallel_size", "pipeline_parallel_size", "virtual_pipeline_size", "context_parallel_size"),
         lambda value: value >= 1,
         "be at least 1",
     )
     if parallel.virtual_pipeline_size > 1 and pipeline == 1:
         raise UserError(
-            f"virtual_pipeline_size {parallel.virtual_pipeline_size} needs a pipeline: set pipeline_parallel_size to 2 or more, or it to 1."
+            f"virtual_pipeline_size {parallel.virtual_pipeline_size} needs a pipeline: set pipeline_parallel_size to 2 or more, "
+            "or virtual_pipeline_size to 1."
         )
-    both = tensor * pipeline
-    if world_size % both:
+    together = tensor * pipeline * context
+    if world_size % together:
         raise UserError(
-            f"{world_size} processes do not divide into groups of {both} (tensor parallel {tensor} x pipeline parallel "
-            f"{pipeline}): start {_neighbours(world_size, both)} processes or change the two sizes."
+            f"{world_size} processes do not divide into groups of {together} (tensor parallel {tensor} x pipeline parallel "
+            f"{pipeline} x context parallel {context}): start {_neighbours(world_size, together)} processes or change these sizes."
         )
 
 
@@ -153,6 +182,7 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30.
     Raises:
         UserError: the processes do not divide by the layout.
     """
+    make_deterministic(parallel.deterministic)
     has_cuda = torch.cuda.is_available()
     device = torch.device("cpu")
     if has_cuda:
@@ -176,6 +206,7 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30.
             tensor_model_parallel_size=parallel.tensor_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_parallel_size,
             virtual_pipeline_model_parallel_size=parallel.virtual_stages,
+            context_parallel_size=parallel.context_parallel_size,
             # gloo groups beside gloo groups would only be copies
             create_gloo_process_groups=has_cuda,
         )
@@ -192,9 +223,26 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30.
     )
 
 
+def make_deterministic(wanted: bool) -> None:
+    """Turns the switch for this process; it must be turned before the first tensor is on the GPU."""
+    if wanted:
+        # read by cuBLAS and Transformer Engine at their start
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    torch.use_deterministic_algorithms(wanted)
+    torch.backends.cudnn.deterministic = wanted
+    # only tells apart code that reads memory before writing it, at the price of a pass over each new tensor
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def tensor_group() -> dist.ProcessGroup:
     """The processes that share this one's layers."""
     return cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group())
+
+
+def context_group() -> dist.ProcessGroup:
+    """The processes that share this one's sequences."""
+    return cast(dist.ProcessGroup, parallel_state.get_context_parallel_group())
 
 
 def pipeline_group() -> dist.ProcessGroup:

@@ -9,8 +9,8 @@ gradient_norm = update(optimizer, lr)
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from inference.config import ModelConfig
+from inference.initial import InitialWeights
 from inference.model import VideoARTransformer
 from parallel.convert import load_reference
 from parallel.cpu import cuda_redirected
@@ -57,6 +58,11 @@ class Microbatch:
     drop_condition: Tensor | None = None
     targets: Any = None
 
+    def to(self, device: torch.device | str) -> Microbatch:
+        """The same clips on another device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
 
 LossFunction = Callable[[Tensor, Microbatch], tuple[Tensor, Tensor, dict[str, Tensor]]]
 """(logits float32 [B, V, d], microbatch) -> (loss summed over clips, number of clips as int, further sums over clips to report)."""
@@ -78,7 +84,11 @@ class StepResult:
 
 
 def build_model(
-    model: ModelConfig, parallel: ParallelConfig, info: ProcessInfo, seed: int | None = None
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    info: ProcessInfo,
+    seed: int | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> list[DistributedDataParallel]:
     """This process's part of the network, wrapped for data parallelism: one chunk, or one for each virtual stage.
 
@@ -86,7 +96,8 @@ def build_model(
         model: the network.
         parallel: its layout.
         info: what `parallel.setup.initialize` returned.
-        seed: initial weights, the same on every layout; None leaves them empty for `load_reference` or a checkpoint.
+        seed: of random weights, the same on every layout; None leaves them empty for `load_reference` or a checkpoint.
+        weights: to start from in their place, under the reference's names.
 
     Raises:
         UserError: heads, feed-forward or layers do not divide by the layout.
@@ -95,16 +106,22 @@ def build_model(
     virtual = [None] if parallel.virtual_stages is None else range(parallel.virtual_stages)
     with cuda_redirected():
         stages = [VideoARMegatron(model, parallel, stage).to(info.device) for stage in virtual]
-        if seed is not None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                load_reference(stages, VideoARTransformer(model).state_dict())
+        if weights is None and seed is not None:
+            weights = InitialWeights(VideoARTransformer.shapes(model), model.num_layers, seed)
+        if weights is not None:
+            load_reference(stages, weights)
         ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=parallel.overlaps,
+            overlap_param_gather=parallel.overlaps,
         )
         chunks = [DistributedDataParallel(stage.config, ddp, stage) for stage in stages]
     for stage in stages:
         stage.config.finalize_model_grads_func = finalize_model_grads
+    if parallel.overlaps:  # the schedules read the first chunk's configuration
+        waits: Any = [chunk.no_sync for chunk in chunks]
+        stages[0].config.no_sync_func = waits if len(chunks) > 1 else waits[0]
     return chunks
 
 
@@ -141,6 +158,7 @@ def build_optimizer(
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=True,
+        overlap_param_gather=unwrap(chunks[0]).parallel.overlaps,
     )
     no_decay = ParamKey(predicate=ParamPredicate(name="no_matrix", fn=lambda parameter: parameter.dim() < 2))
     with cuda_redirected():
@@ -189,10 +207,13 @@ def forward_backward(
         def loss(logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             total, clips, report = loss_function(logits, batch)
             clips = clips.to(torch.int)
-            return total, clips, {"loss": total.detach(), "clips": clips, **report}
+            # all context-parallel ranks have the whole loss and their own tokens' gradients: one of them counts the clips
+            counted = clips if counts else torch.zeros_like(clips)
+            return total, counted, {"loss": total.detach(), "clips": clips, **report}
 
         return output, loss
 
+    counts = parallel_state.get_context_parallel_rank() == 0
     for chunk in chunks:
         chunk.train(training)
         if training:
@@ -247,6 +268,14 @@ def update(optimizer: MegatronOptimizer, lr: float) -> float:
         group["lr"] = lr
         # megatron leaves this to its scheduler; a loaded checkpoint brings the old value, and the configuration decides
         group["weight_decay"] = optimizer.config.weight_decay * group["wd_mult"]
+        if (
+            "fused" in group
+        ):  # torch's own AdamW, where the others are missing: one pass over memory instead of some ten
+            group["fused"] = True
     with cuda_redirected():
         _, norm, _ = optimizer.step()  # type: ignore[misc]
+    for chunk in optimizer.model_chunks:  # type: ignore[attr-defined]
+        for group in chunk.bucket_groups:
+            # what `settle` may have gathered before this update is old now
+            group.param_gather_dispatched = False
     return float(norm)  # type: ignore[arg-type]

@@ -143,9 +143,11 @@ class PretrainConfig:
         out: the folder for checkpoints, metrics.jsonl and config.yaml; a run in the same folder goes on.
         tokenizer: the folder of the tokenizer that made the codes; codes of another one are refused.
         stages: in their order.
+        from_export: a folder that `videoar export` wrote: a new run starts from its weights; null: from random ones.
         network, optimizer, parallel, wandb: see their classes.
         seed: of weights, data order, flips, frame masks and condition dropout.
         checkpoint_every: steps between two checkpoints; the end of a stage and SIGTERM save one, too.
+        save_in_background: the training goes on while a checkpoint is written; a copy of the state is held meanwhile.
         keep: the newest so many checkpoints stay.
         validate_every: steps between two validations, and one at the end of each stage; 0: none.
         validation_batches: global batches of a validation.
@@ -158,12 +160,14 @@ class PretrainConfig:
     tokenizer: str
     stages: tuple[StageConfig, ...]
     root: str = "."
+    from_export: str | None = None
     network: NetworkConfig = field(default_factory=NetworkConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     seed: int = 0
     checkpoint_every: int = 500
+    save_in_background: bool = True
     keep: int = 2
     validate_every: int = 0
     validation_batches: int = 4
@@ -194,4 +198,6 @@ class PretrainConfig:
             )
             for stage in self.stages
         )
-        return replace(self, root=".", out=join(self.out), tokenizer=join(self.tokenizer), stages=stages)
+        start = None if self.from_export is None else join(self.from_export)
+        tokenizer = join(self.tokenizer)
+        return replace(self, root=".", out=join(self.out), tokenizer=tokenizer, from_export=start, stages=stages)

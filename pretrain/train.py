@@ -17,9 +17,11 @@ from typing import Any
 from torch import Tensor
 
 from data_pipelines.code_stream import CodeBatch
+from inference.checkpoint import StoredWeights, read_config
 from inference.config import ModelConfig
 from parallel import checkpoint
 from parallel.ema import Ema
+from parallel.saving import Saver
 from parallel.setup import ParallelConfig, ProcessInfo, destroy, initialize
 from parallel.train_step import Microbatch, StepResult, build_model, build_optimizer, forward_backward, update
 from pretrain.bitwise_loss import bitwise_loss
@@ -32,6 +34,9 @@ from tokenizer.errors import UserError
 from tokenizer.metrics_log import MetricsLog
 from tokenizer.progress import Meter
 from tokenizer.stop import StopFlag, stop_on_sigterm
+
+LATER = ("scales", "num_frames", "fps")
+"""What a later run or stage may change of a network: no weight depends on it."""
 
 
 @dataclass
@@ -88,6 +93,7 @@ def pretrain(config: PretrainConfig) -> Position:
                 position = trainer.run_stage(plan.stages[position.stage], position, stop)
                 if stop.stopping:
                     break
+            trainer.saver.wait()
     finally:
         if trainer.log is not None:
             trainer.log.close()
@@ -106,12 +112,15 @@ class Trainer:
     def __init__(self, config: PretrainConfig, plan: Plan, info: ProcessInfo):
         self.config, self.plan, self.info = config, plan, info
         optimizer = config.optimizer
-        self.chunks = build_model(plan.model, config.parallel, info, config.seed)
+        self.checkpoints = Path(config.out) / "checkpoints"
+        newest = checkpoint.latest(self.checkpoints)
+        start = None if newest or config.from_export is None else exported_weights(config.from_export, plan)
+        self.chunks = build_model(plan.model, config.parallel, info, None if newest else config.seed, start)
         self.optimizer = build_optimizer(
             self.chunks, optimizer.lr, optimizer.weight_decay, optimizer.betas, optimizer.eps, optimizer.clip_grad
         )
         self.ema = Ema(self.chunks, optimizer.ema_decay) if optimizer.ema_decay else None
-        self.checkpoints = Path(config.out) / "checkpoints"
+        self.saver = Saver(self.checkpoints, config.keep)
         self.log: MetricsLog | None = None
 
     def restore(self) -> Position:
@@ -139,6 +148,7 @@ class Trainer:
                 values = self._step(stage, next(stream), step, offset + step)
                 step += 1
                 stopping = stop.agreed()
+                self.saver.poll()
                 values |= {"seconds": time.monotonic() - started}
                 values["tokens_per_second"] = values.pop("tokens") / values["seconds"]
                 if meter is not None:
@@ -171,6 +181,7 @@ class Trainer:
         result, tokens = self._loss(stage, batch, training=True)
         norm = update(self.optimizer, lr) if math.isfinite(result.loss) else math.nan
         if not math.isfinite(norm):
+            self.saver.wait()  # all ranks have the same loss and norm, so all are here
             newest = checkpoint.latest(self.checkpoints)
             raise UserError(
                 f"loss {result.loss} and gradient norm {norm} at step {global_step} of {self.config.out} are not finite: lower the "
@@ -220,9 +231,9 @@ class Trainer:
             "tokenizer": self.plan.tokenizer,
             "config": settings.to_dict(self.config),
         }
-        checkpoint.save(
-            self.checkpoints, position.global_step, self.chunks, self.optimizer, common, self.config.keep, self.ema
-        )
+        self.saver.start(position.global_step, self.chunks, self.optimizer, common, self.ema)
+        if not self.config.save_in_background:
+            self.saver.wait()
 
 
 def microbatch(
@@ -234,6 +245,27 @@ def microbatch(
     return Microbatch(
         ready.inputs, layout, ready.text, ready.text_lengths, ready.frame_mask, ready.drop_condition, ready.targets
     )
+
+
+def exported_weights(folder: str, plan: Plan) -> StoredWeights:
+    """An exported model's weights, for a warm start.
+
+    Args:
+        folder: what `videoar export` wrote.
+        plan: the run that starts from them.
+
+    Raises:
+        UserError: it is no exported model, is another network, or was trained on another tokenizer's codes.
+    """
+    content = read_config(folder)
+    stored, now = content["model"], plan.model.to_dict()
+    theirs, mine = content.get("tokenizer_fingerprint"), plan.fingerprint
+    for name, old, new in [("tokenizer", theirs, mine), *((name, stored.get(name), now[name]) for name in now)]:
+        if name not in LATER and old != new:
+            raise UserError(
+                f"from_export: {folder} has {name} {old}, this run has {new}: start from a model that fits."
+            )
+    return StoredWeights(folder)
 
 
 def _head(stage: StagePlan, step: int, global_step: int) -> dict[str, Any]:
@@ -257,7 +289,7 @@ def _check_same_run(config: PretrainConfig, model: ModelConfig, common: dict[str
     """A checkpoint may go on with other settings, but not with another network or other stages than those it has seen."""
     stored, now = common["model"], model.to_dict()
     for name, value in stored.items():
-        if name not in ("scales", "num_frames", "fps") and value != now.get(name):
+        if name not in LATER and value != now.get(name):
             raise UserError(
                 f"{folder} was trained with {name} = {value}, the settings say {now.get(name)}: name another `out` for a new run."
             )

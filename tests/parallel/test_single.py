@@ -2,19 +2,23 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.nn.attention.flex_attention import flex_attention
 
 from inference.config import ModelConfig
-from parallel import checkpoint
+from parallel import attention, checkpoint
 from parallel.attention import AttentionContext, BlockCausalAttention, choose_backend
 from parallel.convert import gather_reference, load_reference
 from parallel.cpu import cuda_redirected
 from parallel.ema import Ema
 from parallel.frame_attention import Visibility
 from parallel.layers import RMSNorm, swiglu, transformer_config, use_transformer_engine
-from parallel.setup import ParallelConfig, check_layout, destroy, initialize
+from parallel.saving import Saver
+from parallel.setup import ParallelConfig, check_layout, destroy, initialize, make_deterministic
 from parallel.train_step import Microbatch, build_model, build_optimizer, forward_backward, update
 from tokenizer.errors import UserError
 
@@ -124,6 +128,21 @@ def test_attention_back_ends_equal_the_dense_one_in_output_and_gradients(backend
         assert torch.allclose(dense, ours, atol=2e-6)
 
 
+def test_flex_attention_is_compiled_once_for_all_steps(monkeypatch):
+    layout, draw, core = MODEL.layout(), torch.Generator().manual_seed(0), BlockCausalAttention(None, 1)
+    tensors = torch.randn(3, layout.length, 2, 2, 16, generator=draw)
+    compiled = torch.compile(flex_attention, dynamic=False)  # as on a GPU; a CPU compiles the forward pass
+    monkeypatch.setattr(attention, "_flex", lambda device_type: compiled)
+    for lengths in ([1, 4], [3, 2], [4, 4]):
+        frame_mask = torch.rand(2, 3, 3, generator=draw) > 0.5
+        seen = []
+        for backend in ("sdpa", "flex"):
+            context = AttentionContext.build(MODEL, layout, torch.tensor(lengths), frame_mask, torch.float32, backend)
+            with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+                seen.append(core(*tensors, attention_bias=context))
+        assert torch.allclose(*seen, atol=2e-6)
+
+
 def test_frame_by_frame_attention_works_on_visible_pairs_only():
     config = dataclasses.replace(MODEL, num_frames=9)
     layout, lengths = config.layout(), torch.tensor([4])
@@ -161,7 +180,7 @@ def test_checkpoints_keep_the_newest_and_refuse_what_is_not_whole(info, tmp_path
     update(optimizer, 1e-3)
     assert checkpoint.latest(tmp_path / "none") is None
     for step in (9, 10, 11):
-        checkpoint.save(tmp_path, step, chunks, optimizer, {"position": step}, keep=2)
+        Saver(tmp_path, keep=2).save(step, chunks, optimizer, {"position": step})
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["step-10", "step-11"]
     assert json.loads((tmp_path / "step-11" / "complete.json").read_text()) == {"step": 11}
     assert checkpoint.load_common(tmp_path / "step-10") == {"position": 10}
@@ -194,7 +213,7 @@ def test_running_means_by_hand_and_a_checkpoint_without_them(info, tmp_path):
         assert torch.equal(value, weights[name]) and torch.allclose(means[name], expected[name], atol=1e-6)
     assert not torch.equal(means["head.weight"], weights["head.weight"])
 
-    folder = checkpoint.save(tmp_path, 3, chunks, optimizer, {})
+    folder = Saver(tmp_path).save(3, chunks, optimizer, {})
     checkpoint.load(folder, chunks, optimizer, ema)  # they begin at the weights
     with ema.applied():
         assert torch.equal(gather_reference(chunks)["head.weight"], weights["head.weight"])
@@ -211,7 +230,13 @@ def test_running_means_by_hand_and_a_checkpoint_without_them(info, tmp_path):
         ),
         ({"tensor_parallel_size": 2}, 3, "3 processes do not divide into groups of 2 .*: start 2 or 4 processes"),
         ({"pipeline_parallel_size": 4}, 4, "num_layers 2 does not divide by pipeline_parallel_size 4: choose .* 2 or"),
+        (
+            {"tensor_parallel_size": 2, "context_parallel_size": 2},
+            6,
+            "6 processes .* groups of 4 .* x context parallel 2.*: start 4 or 8",
+        ),
         ({"tensor_parallel_size": 0}, 1, "must be at least 1"),
+        ({"context_parallel_size": 0}, 1, "context_parallel_size .*must be at least 1"),
         (
             {"pipeline_parallel_size": 2, "virtual_pipeline_size": 2},
             2,
@@ -225,6 +250,78 @@ def test_a_layout_that_does_not_divide_is_refused_with_the_nearest_that_does(par
         check_layout(MODEL, ParallelConfig(**parallel), world)
 
 
+@pytest.mark.parametrize(("fp8", "recipe"), [("delayed", "delayed"), ("current", "tensorwise")])
+def test_fp8_in_megatron_s_words(fp8, recipe):
+    parallel = ParallelConfig(2, context_parallel_size=2, precision="bfloat16", fp8=fp8)
+    config = transformer_config(MODEL, parallel)
+    assert (config.fp8, config.fp8_recipe, config.bf16) == ("hybrid", recipe, True)
+    assert (config.fp8_amax_history_len, config.fp8_amax_compute_algo) == (1024, "max")
+    # a rank's tokens are a multiple of 16, whatever the number of clips
+    assert MODEL.layout(multiple=parallel.sequence_multiple).length % (2 * 2 * 16) == 0
+    assert transformer_config(MODEL, ParallelConfig(precision="bfloat16")).fp8 is None
+    narrow = dataclasses.replace(MODEL, ffn_hidden_size=48)
+    with pytest.raises(
+        UserError, match="ffn_hidden_size 48 is no multiple of 16 x tensor_parallel_size 2.*: choose 32 or 64"
+    ):
+        check_layout(narrow, parallel, 4)
+    with pytest.raises(UserError, match="fp8: .* needs precision: bfloat16 .*, not float32"):
+        transformer_config(MODEL, ParallelConfig(fp8=fp8))
+
+
+def test_fp8_scales_that_a_checkpoint_lacks_are_not_asked_for(info, tmp_path):
+    chunks = build_model(MODEL, ParallelConfig(), info, seed=1)
+    optimizer = build_optimizer(chunks, 1e-3)
+    forward_backward(chunks, [clips(1)], loss)
+    update(optimizer, 1e-3)
+    folder = Saver(tmp_path).save(1, chunks, optimizer, {})
+    state = checkpoint.sharded_state(chunks, None, None, loading=True)
+    names = set(state["model0"])
+    for name in ("decoder.layers.0.input_layernorm._extra_state", "head._extra_state"):
+        state["model0"][name] = ShardedObject(name, None, (1,), (0,))
+    checkpoint._leave_out_scales(state, folder)
+    assert set(state["model0"]) == names
+    state["model0"]["a.weight"] = ShardedObject("a.weight", None, (1,), (0,))
+    checkpoint._leave_out_scales(state, folder)
+    assert "a.weight" in state["model0"]  # a weight that is missing is a fault
+
+
+def test_the_switch_of_determinism(info, monkeypatch):
+    for variable in ("CUBLAS_WORKSPACE_CONFIG", "NVTE_ALLOW_NONDETERMINISTIC_ALGO"):
+        monkeypatch.setenv(variable, "")  # and back to what it was, at the end
+
+    def train() -> torch.Tensor:
+        chunks = build_model(MODEL, ParallelConfig(deterministic=True), info, seed=1)
+        optimizer = build_optimizer(chunks, 1e-2)
+        for seed in range(3):
+            forward_backward(chunks, [clips(seed)], loss)
+            update(optimizer, 1e-2)
+        return torch.cat([value.flatten() for value in gather_reference(chunks).values()])
+
+    make_deterministic(True)
+    try:
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0"
+        assert torch.equal(train(), train())
+    finally:
+        make_deterministic(False)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert transformer_config(MODEL, ParallelConfig(deterministic=True)).deterministic_mode
+    assert not transformer_config(MODEL, ParallelConfig()).deterministic_mode
+
+
+@pytest.mark.parametrize("overlap", ["on", "off"])
+def test_messages_overlap_as_set(info, overlap):
+    chunks = build_model(MODEL, ParallelConfig(overlap=overlap), info, seed=1)
+    optimizer = build_optimizer(chunks, 1e-3)
+    ddp, wanted = chunks[0].ddp_config, overlap == "on"
+    assert (ddp.overlap_grad_reduce, ddp.overlap_param_gather, optimizer.config.overlap_param_gather) == (wanted,) * 3
+    assert (chunks[0].config.no_sync_func is not None) == wanted
+    losses = []
+    for _ in range(2):
+        losses.append(forward_backward(chunks, [clips(1)], loss).loss)
+        update(optimizer, 1e-2)
+    assert losses[1] < losses[0]
+
+
 def test_what_needs_a_gpu_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -232,4 +329,8 @@ def test_what_needs_a_gpu_says_so():
         choose_backend("flex", "cpu")
     with pytest.raises(UserError, match="transformer_engine: on needs"):
         use_transformer_engine("on")
+    with pytest.raises(UserError, match="fp8: delayed needs .* or set fp8 to none"):
+        use_transformer_engine("auto", "delayed")
+    with pytest.raises(UserError, match="fp8: current needs transformer_engine: set it to auto or on"):
+        use_transformer_engine("off", "current")
     assert choose_backend("auto", "cpu") == "frames" and not use_transformer_engine("auto")

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from inference.config import ModelConfig
+from inference.model import VideoARTransformer
+from parallel import checkpoint
 from pretrain.config import PretrainConfig
 from pretrain.train import main_entry
 from tests.pretrain.tiny import metrics, stage, write_codes, write_run, write_tokenizer
@@ -22,7 +25,6 @@ RUN = {
     "network.ffn_hidden_size": "40",
     "network.condition": "class",
     "network.max_text_length": "1",
-    "network.max_scales": "4",  # fewer embeddings, so the weights drawn after them differ
     "network.rope": "flat",
     "network.rope_theta": "100",
     "network.rope_scaled_spatial": "true",
@@ -48,7 +50,8 @@ STAGE = {
     "warmup_steps": 3,
     "codes": 2,
 }
-SAME = {"data_workers": "1", "log_every": "2", "checkpoint_every": "1", "parallel.recompute": "full"}
+SAME = {"data_workers": "1", "log_every": "2", "checkpoint_every": "1", "parallel.recompute": "full", "save_in_background": "false",
+        "parallel.deterministic": "true"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,14 @@ def _loss(folder: Path, name: str, changes: dict, *overrides: str) -> float:
 def test_a_run_setting_has_an_effect(base: tuple[Path, float], name: str) -> None:
     folder, loss = base
     assert _loss(folder, name, {}, f"--{name}", RUN[name]) != loss
+
+
+def test_scale_embeddings_are_allocated_as_set(base: tuple[Path, float]) -> None:
+    folder, loss = base
+    # a weight's draw depends on its name alone, and the scales in use are the first ones
+    assert _loss(folder, "few scales", {}, "--network.max_scales", "4") == loss
+    model = checkpoint.load_common(checkpoint.latest(folder / "few scales" / "checkpoints") or "")["model"]
+    assert VideoARTransformer.shapes(ModelConfig.from_dict(model))["embedding.scale_embedding"][0] == 4
 
 
 @pytest.mark.parametrize("name", STAGE)

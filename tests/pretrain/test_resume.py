@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from parallel import checkpoint
+from pretrain.config import PretrainConfig
+from pretrain.train import Trainer, main_entry
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.tiny import metrics, stage, write_run
+from tokenizer import settings
 
 TENSOR_2 = ["--parallel.tensor_parallel_size", "2"]
 EXACT = ("stage", "step", "global_step", "loss", "bit_accuracy", "grad_norm", "lr")
@@ -32,7 +38,9 @@ def test_kill_and_sigterm_change_nothing(tmp_path: Path) -> None:
     ]
 
     out = tmp_path / "cut"
-    cut = write_run(tmp_path, out=str(out), stages=_stages(tmp_path), checkpoint_every=3, keep=1)
+    cut = write_run(
+        tmp_path, out=str(out), stages=_stages(tmp_path), checkpoint_every=3, keep=1, save_in_background=False
+    )
     codes = run_ranks(cut, 2, TENSOR_2, {4: (1, signal.SIGKILL)})
     assert codes[1] == -signal.SIGKILL
     assert len(metrics(out)) == 4
@@ -67,3 +75,19 @@ def test_another_layout_goes_on_alike(tmp_path: Path) -> None:
     for one, other in zip(metrics(tmp_path / "run"), metrics(out), strict=True):
         for name in ("loss", "grad_norm", "bit_accuracy"):
             assert abs(one[name] - other[name]) < 2e-5, (one["step"], name)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_checkpoint_is_written_while_the_training_goes_on_or_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    file, under_way, original = write_run(tmp_path, stages=[stage(tmp_path / "codes", 2)]), [], Trainer._save
+
+    def watched(trainer: Trainer, *args: Any) -> None:
+        original(trainer, *args)
+        under_way.append(checkpoint.latest(tmp_path / "run" / "checkpoints") is None)
+
+    monkeypatch.setattr(Trainer, "_save", watched)
+    main_entry(settings.load(PretrainConfig, file, ["--save_in_background", str(background).lower()]))
+    assert under_way == [background]
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints") is not None
