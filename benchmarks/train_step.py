@@ -2,6 +2,7 @@
 
     python -m benchmarks.train_step --keep                    one core, some five minutes
     python -m benchmarks.train_step --threads 2
+    python -m benchmarks.train_step --device cuda --keep      on a GPU: the last three lines below instead
 
 All ratios are measured by turns in this process, from the best of their repetitions.
 
@@ -12,27 +13,41 @@ overhead_vs_reference    time of the megatron-core step over that of the plain m
                          plain step lacks the float32 main copies and gradients, so that it does less)
 attention_work_ratio     query-key pairs worked on over visible ones, 24x42 tokens, 17 latent frames, p_mask 0.5
 length_cost_spread       largest over smallest time a token at 5, 9 and 17 latent frames of 8x8 tokens with a window of 4
+save_stall_steps         what a checkpoint that is saved in the background delays the training by, in steps: the time of the steps from its
+                         beginning until it is complete, less as many ordinary ones; the worst of the second and third save
 loss_memory_ratio        memory of the loss and its gradient above the logits, over the logits' size
+mfu_bfloat16             model FLOPs of L's step at 17x256x256 clips over its time, over the GPU's published peak without sparsity
+fp8_speedup              time of that step in bfloat16 over that in FP8 (delayed scaling)
+flex_over_flash_80       time of FlexAttention over FlashAttention's, one frame's queries against an unmasked prefix, 4B's head width 80
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
+import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
+from benchmarks.memory import paper_network
 from benchmarks.report import hardware, peak_memory, report
-from benchmarks.timing import by_turns
+from benchmarks.timing import best, by_turns
 from inference.config import ModelConfig
 from inference.model import VideoARTransformer
 from parallel.attention import AttentionContext
+from parallel.context import visible_keys
 from parallel.frame_attention import Visibility
+from parallel.saving import Saver
 from parallel.setup import ParallelConfig, ProcessInfo, destroy, initialize
 from parallel.train_step import Microbatch, build_model, build_optimizer, forward_backward, update
 from pretrain.bitwise_loss import bitwise_loss
+from tokenizer.errors import UserError
 from tokenizer.scales import ScaleSchedule
 from tokenizer.sequence import SequenceLayout
 
@@ -41,16 +56,22 @@ WIDE = ModelConfig(
     max_text_length=16,
 )  # fmt: skip
 MATMUL = 2048
+PEAK_BFLOAT16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""FLOP/s of dense matrix products, as NVIDIA publishes them."""
 
 
 def main() -> None:
     """Runs all measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--keep", action="store_true", help="write the result to benchmarks/results/")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.device == "cuda":
+        report("train_step_gpu", hardware("cuda", 1), on_gpu(args.repeat), args.keep)
+        return
     results: dict[str, Any] = {"loss_memory_ratio": loss_memory()}
     info = initialize(ParallelConfig(), 0)
     for precision in ("float32", "bfloat16"):
@@ -60,6 +81,7 @@ def main() -> None:
         }
     results["attention_work_ratio"] = attention_work()
     results |= cost_by_length(info, args.repeat)
+    results |= save_stall(info)
     destroy()
     report("train_step", hardware("cpu", args.threads), results, args.keep)
 
@@ -67,11 +89,14 @@ def main() -> None:
 def clips(config: ModelConfig, number: int, layout: SequenceLayout) -> Microbatch:
     """Random inputs and bits, whole texts."""
     draw = torch.Generator().manual_seed(0)
+    condition = torch.randn(number, layout.text_length, config.text_dim, generator=draw)
+    if config.num_classes:
+        condition = torch.randint(0, config.num_classes, (number,), generator=draw)
     shape = (number, layout.num_frames, layout.schedule.tokens_per_frame, config.bits)
     return Microbatch(
         torch.randn(number, layout.video_tokens, config.bits, generator=draw),
         layout,
-        torch.randn(number, layout.text_length, config.text_dim, generator=draw),
+        condition,
         torch.full((number,), layout.text_length),
         targets=torch.randint(0, 2, shape, dtype=torch.bool, generator=draw),
     )
@@ -127,7 +152,7 @@ def model_flops(config: ModelConfig, layout: SequenceLayout, text_lengths: torch
     width = config.hidden_size
     matrices = config.num_layers * (4 * width**2 + 3 * width * config.feed_forward_size)
     video = layout.video_tokens * 2 * width * config.bits  # in and out
-    pairs = int(layout.attention_mask(text_lengths).sum())
+    pairs = int(visible_keys(layout, text_lengths, None, config.window).sum())
     tokens = len(text_lengths) * layout.length
     return 3.0 * (2 * matrices * tokens + 2 * len(text_lengths) * video + 4 * width * pairs * config.num_layers)
 
@@ -155,6 +180,63 @@ def cost_by_length(info: ProcessInfo, repeat: int) -> dict[str, float]:
     return {"length_cost_spread": round(max(each) / min(each), 3)} | {
         f"microseconds_a_token_{batch.layout.num_frames}_frames": round(1e6 * one, 1)
         for one, batch in zip(each, batches)
+    }
+
+
+def save_stall(info: ProcessInfo) -> dict[str, float]:
+    """Of the network that `gemm_fraction` is measured on."""
+    batch = clips(WIDE, 1, WIDE.layout())
+    chunks = build_model(WIDE, ParallelConfig(), info, seed=0)
+    optimizer = build_optimizer(chunks, 1e-4)
+
+    def step() -> None:
+        forward_backward(chunks, [batch], lambda logits, of: bitwise_loss(logits, of.targets, of.layout))
+        update(optimizer, 1e-4)
+
+    delays, seconds = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        saver = Saver(folder, keep=1)
+        for number in range(3):
+            ordinary = statistics.median(best(step) for _ in range(5))
+            started, steps = time.perf_counter(), 0
+            saver.start(number, chunks, optimizer, {})
+            while True:
+                step()
+                steps += 1
+                if saver.poll():
+                    break
+            passed = time.perf_counter() - started
+            seconds.append(passed)
+            delays.append((passed - steps * ordinary) / ordinary)
+    return {"save_stall_steps": round(max(delays[1:]), 2), "save_seconds": round(max(seconds[1:]), 1)}
+
+
+def on_gpu(repeat: int) -> dict[str, float]:
+    """L on one GPU, and the two attention kernels."""
+    name = torch.cuda.get_device_name()
+    peak = next((flops for gpu, flops in PEAK_BFLOAT16.items() if gpu in name), None)
+    if peak is None:
+        raise UserError(f"the peak of '{name}' is not known: add it to PEAK_BFLOAT16 in benchmarks/train_step.py.")
+    config = paper_network("L", ScaleSchedule.for_grid(16, 16, 10), 5)
+    times = {}
+    for fp8 in ("none", "delayed"):
+        parallel = ParallelConfig(precision="bfloat16", fp8=fp8)  # type: ignore[arg-type]
+        info = initialize(parallel, 0)
+        batch = clips(config, 8, config.layout(multiple=parallel.sequence_multiple)).to("cuda")
+        (times[fp8],) = by_turns([megatron_step(config, parallel, info, batch)], repeat, "cuda")
+        destroy()
+    flops = model_flops(config, config.layout(), torch.ones(8, dtype=torch.long))
+    query = torch.randn(1, 32, 1024, 80, device="cuda", dtype=torch.bfloat16)
+    key = torch.randn(1, 32, 8192, 80, device="cuda", dtype=torch.bfloat16)
+    flex = torch.compile(flex_attention, dynamic=False)
+    runs = (lambda: flex(query, key, key), lambda: F.scaled_dot_product_attention(query, key, key))
+    with torch.no_grad():
+        flexible, flash = by_turns(runs, repeat, "cuda")
+    return {
+        "mfu_bfloat16": round(flops / times["none"] / peak, 3),
+        "step_seconds_bfloat16": round(times["none"], 4),
+        "fp8_speedup": round(times["none"] / times["delayed"], 3),
+        "flex_over_flash_80": round(flexible / flash, 3),
     }
 
 
