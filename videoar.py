@@ -26,7 +26,8 @@ def corpus(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def shards(args: argparse.Namespace, words: list[str]) -> None:
-    from data_pipelines.shards import ShardsConfig, write_shards
+    from data_pipelines.shard_part import ShardsConfig
+    from data_pipelines.shards import write_shards
 
     summary = write_shards(args.videos, args.out, settings.load(ShardsConfig, args.config, words))
     print(json.dumps(summary, indent=2))
@@ -180,7 +181,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--frames", type=int, default=17, help="frames a clip (default: %(default)s)")
 
     command = add(
-        verbs, "shards", shards, "pack video files into streaming (MDS) shards", "data_pipelines.shards:ShardsConfig"
+        verbs,
+        "shards",
+        shards,
+        "pack video files into streaming (MDS) shards",
+        "data_pipelines.shard_part:ShardsConfig",
     )
     _folder(
         command,

@@ -44,12 +44,14 @@ class Source:
         num_latent_frames: the first so many latent frames of each clip (1: images).
         proportion: its share of the steps, relative to the other sources'.
         cache: a local folder for the shards of a URL.
+        batch_size: clips of a step over all data-parallel ranks; None: the stream's.
     """
 
     path: str
     num_latent_frames: int
     proportion: float = 1.0
     cache: str | None = None
+    batch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ class CodeStream:
 
     Args:
         sources: the mix.
-        global_batch_size: clips a step over all data-parallel ranks.
+        global_batch_size: clips a step over all data-parallel ranks, of sources that name no number of their own.
         rank, size: the data-parallel rank and the number of ranks.
         seed: of the order.
         max_text_length: L of the batches.
@@ -221,11 +223,13 @@ class CodeStream:
             raise UserError(
                 "a stage needs at least one source of codes, each with a proportion above 0: mend its `sources`."
             )
-        if global_batch_size % size or not 0 <= rank < size:
-            raise UserError(
-                f"a global batch of {global_batch_size} clips can't be shared by {size} data-parallel ranks: choose a multiple of {size}."
-            )
-        self.sources, self.global_batch_size, self.rank, self.size = list(sources), global_batch_size, rank, size
+        self.batch_sizes = [source.batch_size or global_batch_size for source in sources]
+        for clips in self.batch_sizes:
+            if clips % size or not 0 <= rank < size:
+                raise UserError(
+                    f"a global batch of {clips} clips can't be shared by {size} data-parallel ranks: choose a multiple of {size}."
+                )
+        self.sources, self.rank, self.size = list(sources), rank, size
         self.seed, self.num_workers = seed, num_workers
         self.datasets = [CodeDataset(s.path, fingerprint, s.num_latent_frames, s.cache) for s in sources]
         widths = {dataset.manifest.text_dim for dataset in self.datasets}
@@ -251,7 +255,7 @@ class CodeStream:
     @property
     def step(self) -> int:
         """Batches given so far."""
-        return sum(self.samples) // self.global_batch_size
+        return sum(count // clips for count, clips in zip(self.samples, self.batch_sizes))
 
     def __iter__(self) -> CodeStream:
         return self
@@ -261,7 +265,8 @@ class CodeStream:
             self._iterator = self._read()
         batch = next(self._iterator)
         # counted when handed out: what workers have read ahead is read again after a resume
-        self.samples[_next_source(self._shares, self.samples, self.global_batch_size)] += self.global_batch_size
+        source = _next_source(self._shares, self.samples, self.batch_sizes)
+        self.samples[source] += self.batch_sizes[source]
         return batch
 
     def close(self) -> None:
@@ -278,6 +283,8 @@ class CodeStream:
         Raises:
             UserError: the order depends on something that has changed since.
         """
+        if "global_batch_size" in state:  # as written before sources could have sizes of their own
+            state = state | {"batch_sizes": [state["global_batch_size"]] * len(self.sources)}
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise UserError(
@@ -290,7 +297,6 @@ class CodeStream:
     def _identity(self) -> dict[str, Any]:
         return {
             "seed": self.seed,
-            "global_batch_size": self.global_batch_size,
             "shards_per_window": self._batches.orders[0].window,
             "sources": [
                 {
@@ -301,15 +307,13 @@ class CodeStream:
                 }
                 for source, dataset in zip(self.sources, self.datasets)
             ],
+            "batch_sizes": self.batch_sizes,
         }
 
     def _read(self) -> Iterator[CodeBatch]:
-        local = self.global_batch_size // self.size
         # a function, not a method: an iterator that refers to this object would be a cycle, and the garbage collector takes
         # many seconds to end the worker processes of such a loader
-        plan = _plan(
-            self._shares, self.samples, self.global_batch_size, slice(self.rank * local, (self.rank + 1) * local)
-        )
+        plan = _plan(self._shares, self.samples, self.batch_sizes, self.rank, self.size)
         if not self.num_workers:
             return map(self._batches.__getitem__, plan)
         loader = DataLoader(
@@ -322,18 +326,20 @@ class CodeStream:
         return iter(loader)
 
 
-def _next_source(shares: np.ndarray, samples: Sequence[int], global_batch_size: int) -> int:
+def _next_source(shares: np.ndarray, samples: Sequence[int], batch_sizes: Sequence[int]) -> int:
     """The source that is furthest behind its share of all batches, the next one included."""
-    batches = np.array(samples) // global_batch_size
+    batches = np.array(samples) // np.array(batch_sizes)
     return int(np.argmax(shares * (batches.sum() + 1) - batches))
 
 
 def _plan(
-    shares: np.ndarray, samples: Sequence[int], global_batch_size: int, part: slice
+    shares: np.ndarray, samples: Sequence[int], batch_sizes: Sequence[int], rank: int, size: int
 ) -> Iterator[tuple[int, int, int]]:
     """(source, first, stop) for each step from here on: the positions of this rank's part of the global batch."""
     samples = list(samples)
     while True:
-        source = _next_source(shares, samples, global_batch_size)
-        yield source, samples[source] + part.start, samples[source] + part.stop
-        samples[source] += global_batch_size
+        source = _next_source(shares, samples, batch_sizes)
+        local = batch_sizes[source] // size
+        first = samples[source] + rank * local
+        yield source, first, first + local
+        samples[source] += batch_sizes[source]

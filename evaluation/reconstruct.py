@@ -17,7 +17,7 @@ import numpy as np
 
 from data_pipelines.encode_worker import Variant
 from data_pipelines.probe import VideoInfo
-from data_pipelines.shards import find_sources, fingerprint
+from data_pipelines.sources import find_sources, fingerprint
 from evaluation.fidelity import squared_error, ssim
 from evaluation.media import beside
 from evaluation.round_trip import Clip, Skipped, first_reasons, read_clips, round_trip

@@ -20,7 +20,7 @@ import torch
 
 from data_pipelines.encode_worker import Variant
 from data_pipelines.moving_shapes import parse_caption
-from data_pipelines.shards import find_sources, fingerprint
+from data_pipelines.sources import find_sources, fingerprint
 from evaluation.bit_usage import BitUsage
 from evaluation.fidelity import SquaredError, psnr_summary, squared_error, ssim
 from evaluation.fvd import I3D, LEAST_FRAMES, FeatureStatistics, frechet_video_distance, i3d_file

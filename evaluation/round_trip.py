@@ -12,7 +12,7 @@ from data_pipelines.clips import read_clip
 from data_pipelines.decode import DecodeError, choose_decoder
 from data_pipelines.encode_worker import Variant
 from data_pipelines.probe import Rejected, VideoInfo, probe
-from data_pipelines.shards import Source
+from data_pipelines.sources import Source
 from tokenizer import VideoTokenizer
 from tokenizer.codes import Codes
 from tokenizer.pixels import from_pixels, to_pixels

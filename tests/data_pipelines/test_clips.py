@@ -10,7 +10,8 @@ from streaming import MDSWriter
 
 from data_pipelines.clips import ClipBatches, ClipDataset, ClipTooShort, load_clips, sample_times, split_clips
 from data_pipelines.random_access import HASH, ShardFolder
-from data_pipelines.shards import COLUMNS, ShardsConfig, write_shards
+from data_pipelines.shard_part import COLUMNS, ShardsConfig
+from data_pipelines.shards import write_shards
 from tests.data_pipelines.media import indices, write_video
 from tokenizer.clip_shape import check_clip_shape
 from tokenizer.errors import UserError
@@ -143,7 +144,7 @@ def test_too_long_a_clip_is_an_error_that_says_so(shards):
 def test_a_damaged_shard_stops_training(shards, tmp_path):
     copy = tmp_path / "shards"
     shutil.copytree(shards, copy)
-    shard = sorted(copy.glob("*.mds"))[-1]
+    shard = sorted(copy.rglob("*.mds"))[-1]
     content = bytearray(shard.read_bytes())
     content[-100] ^= 1  # within the last record
     shard.write_bytes(content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -52,6 +53,26 @@ def test_five_and_five_equal_ten(mix: list[Source], workers: int):
     second.load_state_dict(state)
     assert seen(second, 5) == whole[5:]
     assert seen(CodeStream(mix, 4, seed=8), 10) != whole
+
+
+def test_each_source_may_have_a_batch_size_of_its_own(mix: list[Source]):
+    sized = [replace(source, batch_size=clips) for source, clips in zip(mix, (2, 6, 4))]
+    whole = list(islice(CodeStream(sized, 99, seed=3), 20))
+    assert {(batch.tokens.shape[1], len(batch)) for batch in whole} == {(3, 2), (1, 6), (2, 4)}
+    frames = [batch.tokens.shape[1] for batch in whole]
+    assert [frames.count(number) for number in (3, 1, 2)] == [10, 5, 5]  # proportions are shares of the steps
+    alone = CodeStream(sized, 99, seed=3)
+    seen(alone, 7)
+    assert alone.step == 7
+    for rank in range(2):
+        half = CodeStream(sized, 99, rank=rank, size=2, seed=3, num_workers=rank)
+        half.load_state_dict(alone.state_dict())
+        for batch, expected in zip(islice(half, 8), whole[7:]):
+            part = expected.rows(rank * len(batch), (rank + 1) * len(batch))
+            assert torch.equal(batch.sample_index, part.sample_index) and torch.equal(batch.tokens, part.tokens)
+        half.close()
+    with pytest.raises(UserError, match="global batch of 6 clips can't be shared by 4"):
+        CodeStream(sized[1:], 99, size=4)
 
 
 def test_two_ranks_read_the_halves_of_the_same_batches_also_after_a_resume(mix: list[Source]):
@@ -146,7 +167,7 @@ def test_texts_are_padded_and_cut(tmp_path: Path):
 
 def test_what_cannot_be_resumed_or_divided_is_refused(mix: list[Source]):
     state = CodeStream(mix, 4, seed=1).state_dict()
-    for other, name in ((CodeStream(mix, 4, seed=2), "seed"), (CodeStream(mix, 8, seed=1), "global_batch_size"),
+    for other, name in ((CodeStream(mix, 4, seed=2), "seed"), (CodeStream(mix, 8, seed=1), "batch_sizes"),
                         (CodeStream(mix[:2], 4, seed=1), "sources")):  # fmt: skip
         with pytest.raises(UserError, match=f"'{name}' has changed"):
             other.load_state_dict(state)

@@ -31,7 +31,8 @@ from data_pipelines.encode_pool import EncodeActor, EncoderPool, start_ray
 from data_pipelines.encode_worker import Job, ShardEncoder, Task, Variant
 from data_pipelines.moving_shapes import write_corpus
 from data_pipelines.random_access import ShardFolder
-from data_pipelines.shards import COLUMNS, ShardsConfig, write_shards
+from data_pipelines.shard_part import COLUMNS, ShardsConfig
+from data_pipelines.shards import write_shards
 from tokenizer import UserError, VideoTokenizer
 from tokenizer.autoencoder import AutoencoderConfig
 from tokenizer.pixels import from_pixels
