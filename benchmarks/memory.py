@@ -27,7 +27,7 @@ from parallel.memory import Memory, estimate
 from parallel.setup import ParallelConfig, destroy, initialize
 from parallel.train_step import Microbatch, build_model, build_optimizer, forward_backward, update
 from pretrain.bitwise_loss import bitwise_loss
-from pretrain.config import PretrainConfig
+from pretrain.config import NetworkConfig, PretrainConfig
 from tokenizer import settings
 from tokenizer.scales import ScaleSchedule
 from tokenizer.sequence import SequenceLayout
@@ -143,10 +143,15 @@ def table() -> str:
 def paper_network(size: str, schedule: ScaleSchedule, frames: int) -> ModelConfig:
     """One of the paper's sizes for clips of a grid and a length."""
     file = Path(__file__).parents[1] / "pretrain" / "configs" / f"{PAPER[size]}.yaml"
-    network = asdict(settings.load(PretrainConfig, file).network)
-    by_class = network.pop("condition") == "class"
-    condition: dict[str, Any] = {"num_classes": CLASSES} if by_class else {"text_dim": TEXT_WIDTH}
-    return ModelConfig(**network, scales=schedule.scales, num_frames=frames, bits=BITS, **condition)
+    return network(settings.load(PretrainConfig, file).network, schedule, frames, TEXT_WIDTH)
+
+
+def network(config: NetworkConfig, schedule: ScaleSchedule, frames: int, text_width: int) -> ModelConfig:
+    """What a recipe's settings and the codes would make together."""
+    fields = asdict(config)
+    by_class = fields.pop("condition") == "class"
+    condition: dict[str, Any] = {"num_classes": CLASSES} if by_class else {"text_dim": text_width}
+    return ModelConfig(**fields, scales=schedule.scales, num_frames=frames, bits=BITS, **condition)
 
 
 def _gigabytes(memory: Memory) -> list[str]:

@@ -34,8 +34,8 @@ def visible_keys(layout: SequenceLayout, text_lengths: Tensor, frame_mask: Tenso
     place = torch.arange(layout.text_length, device=lengths.device)
     counts[: layout.text_length] = torch.where(place < lengths[:, None], lengths[:, None], 1).sum(0)
     earlier = layout.frames_visible(batch, frame_mask, window, lengths.device).sum((0, 2))  # [T]
-    sizes = torch.tensor([height * width for height, width in layout.blocks], device=lengths.device)
-    own = sizes.cumsum(0).repeat_interleave(sizes)  # [tokens of a frame]
+    sizes = torch.tensor([height * width for height, width in layout.blocks])
+    own = sizes.cumsum(0).repeat_interleave(sizes).to(lengths.device)  # [tokens of a frame]
     video = lengths.sum() + layout.frame_tokens * earlier[:, None] + batch * own
     counts[layout.text_length : layout.text_length + layout.video_tokens] = video.flatten()
     return counts
@@ -57,12 +57,12 @@ def split_tokens(costs: Tensor, parts: int) -> Tensor:
     each = len(costs) // parts
     sums = torch.cat([costs.new_zeros(1), costs.cumsum(0)])
     inside, shares = torch.arange(each + 1, device=costs.device), []
-    # tensors throughout: a GPU must not wait for the processor here
-    front, back = (torch.tensor(end, device=costs.device) for end in (0, len(costs)))
+    # tensors throughout, of one element: a GPU must not wait for the processor here
+    front, back = (torch.full((1,), end, device=costs.device) for end in (0, len(costs)))
     for left in range(parts, 0, -1):
         fair = (sums[back] - sums[front]) / left
         cost = sums[front + inside] - sums[front] + sums[back] - sums[back - each + inside]
-        cut = (cost - fair).abs().argmin()
+        cut = (cost - fair).abs().argmin(0, keepdim=True)
         token = inside[:each]
         shares.append(torch.where(token < cut, front + token, back - each + token))
         front, back = front + cut, back - each + cut

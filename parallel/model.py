@@ -111,7 +111,7 @@ class VideoARMegatron(MegatronModule):
             if drop_condition is None and self.training:
                 # the null text is part of every backward pass: gradients that are reduced as they come must all come
                 drop_condition = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
-            places = self._own_places(layout, shares)
+            places = self._own_places(layout, shares, inputs.device)
             hidden = self.embedding(inputs, layout, text, text_lengths, drop_condition, places)  # [B, S / CP / TP, h]
             hidden = hidden.transpose(0, 1).contiguous()
         hidden = self.decoder(hidden, attention_mask=None, attention_bias=context)
@@ -133,11 +133,11 @@ class VideoARMegatron(MegatronModule):
         costs = visible_keys(layout, text_lengths, frame_mask, self.model_config.window)
         return Shares(split_tokens(costs, self.parallel.context_parallel_size), context_group())
 
-    def _own_places(self, layout: SequenceLayout, shares: Shares | None) -> Tensor | None:
+    def _own_places(self, layout: SequenceLayout, shares: Shares | None, device: torch.device) -> Tensor | None:
         """The places of the tokens that this rank embeds, [S / CP / TP]; None: all."""
         if not self.parallel.shares_sequence:
             return None if shares is None else shares.own
-        held = torch.arange(layout.length) if shares is None else shares.own
+        held = torch.arange(layout.length, device=device) if shares is None else shares.own
         return held.chunk(self.parallel.tensor_parallel_size)[self.tp_group.rank()]
 
 

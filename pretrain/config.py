@@ -100,6 +100,8 @@ class StageConfig:
         steps: optimizer steps.
         global_batch_size: clips a step = micro_batch_size x data-parallel ranks x microbatches.
         micro_batch_size: clips a forward pass.
+        token_budget: video tokens of a forward pass: each source takes as many clips as come nearest to it, in as many microbatches as the
+            two numbers above make, so that images and clips of all sizes cost about the same; null: as many clips of every source.
         lr: peak learning rate; null: the optimizer's.
         warmup_steps: null: the optimizer's.
         error_correction: flip ratios.
@@ -114,6 +116,7 @@ class StageConfig:
     steps: int
     global_batch_size: int = 32
     micro_batch_size: int = 32
+    token_budget: int | None = None
     lr: float | None = None
     warmup_steps: int | None = None
     error_correction: ErrorCorrectionConfig = field(default_factory=ErrorCorrectionConfig)
@@ -127,6 +130,10 @@ class StageConfig:
             raise UserError(
                 f"stage '{self.name}' has {self.steps} steps of {self.global_batch_size} clips in microbatches of "
                 f"{self.micro_batch_size}: use at least 1 step and a global_batch_size that micro_batch_size divides."
+            )
+        if self.token_budget is not None and self.token_budget < 1:
+            raise UserError(
+                f"stage '{self.name}' has a token_budget of {self.token_budget}: choose at least 1, or null."
             )
         probabilities, where = ("p_mask", "condition_dropout"), f"stage '{self.name}': "
         check_each(self, probabilities, lambda value: 0 <= value <= 1, "be from 0 to 1", where)

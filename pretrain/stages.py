@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 
 from data_pipelines.code_stream import CodeStream, Source
@@ -19,6 +21,8 @@ from tokenizer.scales import ScaleSchedule
 from tokenizer.sequence import SequenceLayout
 
 DEFAULT_FPS = 8.0
+MAX_SPREAD = 1.15
+"""Most tokens of a step over least, with a token budget."""
 
 
 @dataclass(frozen=True)
@@ -114,15 +118,16 @@ def make_plan(run: PretrainConfig) -> Plan:
     stages: list[StagePlan] = []
     for index, stage in enumerate(run.stages):
         datasets = [_dataset(source, fingerprint) for source in stage.codes]
+        sizes = _batch_sizes(stage, datasets)
         sources = tuple(
-            Source(dataset.path, dataset.num_frames, source.proportion, source.cache)
-            for source, dataset in zip(stage.codes, datasets)
+            Source(dataset.path, dataset.num_frames, source.proportion, source.cache, size)
+            for source, dataset, size in zip(stage.codes, datasets, sizes)
         )
         frames = max(source.num_latent_frames for source in sources)
         validation = None
         if stage.validation is not None:
-            path = _dataset(SourceConfig(stage.validation, frames), fingerprint).path
-            validation = Source(path, frames)
+            dataset = _dataset(SourceConfig(stage.validation, frames), fingerprint)
+            validation = Source(dataset.path, frames, batch_size=_clips(stage, dataset))
         manifests = tuple(dataset.manifest for dataset in datasets)
         model = _model_config(run, stage, sources, manifests, stages[-1].model if stages else None)
         objective = ObjectiveConfig(
@@ -164,6 +169,41 @@ def layout_for(
 ) -> SequenceLayout:
     """The layout of a batch; kept, so that what it computes is computed once."""
     return model.layout(num_frames, ScaleSchedule(scales), multiple)
+
+
+def _clips(stage: StageConfig, dataset: CodeDataset) -> int:
+    """Clips of a step on one source."""
+    if stage.token_budget is None:
+        return stage.global_batch_size
+    microbatches = stage.global_batch_size // stage.micro_batch_size
+    return microbatches * max(1, round(stage.token_budget / _tokens(dataset)))
+
+
+def _tokens(dataset: CodeDataset) -> int:
+    return dataset.num_frames * dataset.manifest.scale_schedule.tokens_per_frame
+
+
+def _batch_sizes(stage: StageConfig, datasets: Sequence[CodeDataset]) -> list[int]:
+    """Clips of a step on each source.
+
+    Raises:
+        UserError: their steps would differ by more than `MAX_SPREAD` in tokens.
+    """
+    sizes = [_clips(stage, dataset) for dataset in datasets]
+    tokens = [size * _tokens(dataset) for size, dataset in zip(sizes, datasets)]
+    if stage.token_budget is not None and max(tokens) > MAX_SPREAD * min(tokens):
+        longest = max(_tokens(dataset) for dataset in datasets)
+        wider = next(
+            budget
+            for budget in count(longest * max(1, stage.token_budget // longest), longest)
+            if (found := [max(1, round(budget / _tokens(one))) * _tokens(one) for one in datasets])
+            and max(found) <= MAX_SPREAD * min(found)
+        )
+        raise UserError(
+            f"stage '{stage.name}': with token_budget {stage.token_budget} its steps have {min(tokens)} to {max(tokens)} tokens, "
+            f"which cost too differently: choose {wider}."
+        )
+    return sizes
 
 
 def _dataset(source: SourceConfig, fingerprint: str) -> CodeDataset:

@@ -150,7 +150,7 @@ class Trainer:
                 stopping = stop.agreed()
                 self.saver.poll()
                 values |= {"seconds": time.monotonic() - started}
-                values["tokens_per_second"] = values.pop("tokens") / values["seconds"]
+                values["tokens_per_second"] = values["tokens"] / values["seconds"]
                 if meter is not None:
                     meter.advance(1, f"loss {values['loss']:.4f}, bits {100 * values['bit_accuracy']:.1f}%")
                 ends = step == steps
@@ -189,13 +189,20 @@ class Trainer:
             )
         if self.ema:
             self.ema.update()
-        return {"loss": result.loss, **result.report, "lr": lr, "grad_norm": norm, "tokens": tokens}
+        return {
+            "loss": result.loss,
+            **result.report,
+            "lr": lr,
+            "grad_norm": norm,
+            "clips": result.clips,
+            "tokens": tokens,
+        }
 
     def _validate(self, stage: StagePlan, step: int, global_step: int) -> None:
         stream = stage.validation_stream(self.config, self.info.data_parallel_rank, self.info.data_parallel_size)
         if stream is None:
             return
-        whole = max(1, len(stream.datasets[0]) // stage.config.global_batch_size)
+        whole = max(1, len(stream.datasets[0]) // stream.batch_sizes[0])
         count = min(self.config.validation_batches, whole)
         totals: dict[str, float] = {}
         with self.ema.applied() if self.ema else nullcontext():
@@ -210,7 +217,9 @@ class Trainer:
 
     def _loss(self, stage: StagePlan, batch: CodeBatch, training: bool) -> tuple[StepResult, int]:
         """Loss (and gradients) of a global batch, of which `batch` is this rank's part; and its number of predicted tokens."""
-        micro = stage.config.micro_batch_size
+        # as many microbatches of every source: with a token budget their clips differ in number
+        share = stage.config.global_batch_size // self.info.data_parallel_size
+        micro = len(batch) * stage.config.micro_batch_size // share
         batch = batch.to(self.info.device)
         parts = [batch.rows(start, start + micro) for start in range(0, len(batch), micro)]
         microbatches = [

@@ -115,3 +115,20 @@ def test_a_part_of_the_embedding_is_that_part_of_the_whole(classes):
     assert whole.shape == (2, layout.length, 32)
     for places in torch.arange(layout.length).chunk(4) + torch.arange(layout.length).view(-1, 2).unbind(1):
         assert torch.allclose(embedding(*rest, places=places), whole[:, places], atol=1e-6)
+
+
+def test_nothing_waits_for_a_gpu_or_mixes_devices():
+    """Tensors without values stand for a GPU's: reading one, or mixing one with the processor's, fails."""
+    config = dataclasses.replace(SMALL, context_block=True)
+    layout = config.layout(multiple=16)
+    with torch.device("meta"):
+        embedding = InputEmbedding(config)
+        inputs, text = torch.empty(3, layout.video_tokens, 8), torch.empty(3, 5, 6)
+        lengths, frame_mask = torch.empty(3, dtype=torch.long), torch.empty(3, 4, 4, dtype=torch.bool)
+    costs = visible_keys(layout, lengths, frame_mask, 2)
+    shares = Shares(split_tokens(costs, 4), OneOfTwo(1))  # type: ignore[arg-type]
+    hidden = embedding(inputs, layout, text, lengths, torch.empty(3, dtype=torch.bool, device="meta"), shares.own)
+    context = AttentionContext.build(config, layout, lengths, frame_mask, torch.float32, "sdpa", shares)
+    assert hidden.shape == (3, layout.length // 4, 32) and hidden.device.type == "meta"
+    assert isinstance(context.mask, torch.Tensor) and context.mask.shape == (3, 1, layout.length // 4, layout.length)
+    assert shares.order.shape == (layout.length,) and context.own_angles.cos.shape[0] == layout.length // 4

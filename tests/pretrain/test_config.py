@@ -9,7 +9,8 @@ import yaml
 
 from pretrain.config import PretrainConfig
 from pretrain.stages import make_plan
-from tests.pretrain.tiny import stage, write_codes, write_run, write_tokenizer
+from pretrain.train import main_entry
+from tests.pretrain.tiny import metrics, stage, write_codes, write_run, write_tokenizer
 from tokenizer import settings
 from tokenizer.errors import UserError
 
@@ -74,6 +75,31 @@ def test_the_plan_follows_the_stages(tmp_path: Path) -> None:
 
     classes = make_plan(settings.load(PretrainConfig, tmp_path / "run.yaml", ["--network.condition", "class"]))
     assert classes.model.num_classes == 4 and classes.export_info(0)["class_names"] == ["a", "b", "c", "d"]
+
+
+def test_a_token_budget_makes_all_sources_steps_alike(tmp_path: Path) -> None:
+    fingerprint = write_tokenizer(tmp_path / "tokenizer")
+    write_codes(tmp_path / "codes", fingerprint, side=2, frames=3)  # 15 tokens a clip, 5 an image
+    write_codes(tmp_path / "large", fingerprint, side=4, frames=2)  # 34
+    sources = [{"dir": str(tmp_path / "codes")}, {"dir": str(tmp_path / "codes"), "num_frames": 1}]
+    sources.append({"dir": str(tmp_path / "large")})
+    changes = {"codes": sources, "global_batch_size": 8, "micro_batch_size": 2, "validation": str(tmp_path / "codes")}
+    file = write_run(tmp_path, stages=[stage(tmp_path / "codes", 6, **changes, token_budget=136)])
+    config = settings.load(PretrainConfig, file)
+    (plan,) = make_plan(config).stages
+    assert [source.batch_size for source in plan.sources] == [
+        4 * 9,
+        4 * 27,
+        4 * 4,
+    ]  # four microbatches of 135, 135, 136
+    assert plan.validation is not None and plan.validation.batch_size == 4 * 9
+    main_entry(config)
+    clips = {line["clips"]: line["tokens"] for line in metrics(tmp_path / "run") if "clips" in line}
+    assert {count: tokens // count for count, tokens in clips.items()} == {36: 15, 108: 5, 16: 34}
+    with pytest.raises(UserError, match="token_budget 40 its steps have 136 to 180 tokens.*: choose 68"):
+        make_plan(settings.load(PretrainConfig, _edit(file, **changes, token_budget=40)))
+    with pytest.raises(UserError, match="token_budget of 0: choose at least 1"):
+        settings.load(PretrainConfig, _edit(file, **changes, token_budget=0))
 
 
 def test_other_codes_are_refused(tmp_path: Path) -> None:

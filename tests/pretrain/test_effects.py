@@ -49,6 +49,7 @@ STAGE = {
     "lr": 0.02,
     "warmup_steps": 3,
     "codes": 2,
+    "token_budget": 30,
 }
 SAME = {"data_workers": "1", "log_every": "2", "checkpoint_every": "1", "parallel.recompute": "full", "save_in_background": "false",
         "parallel.deterministic": "true"}  # fmt: skip
