@@ -145,7 +145,7 @@ def test_impossible_requests_are_named(tokenizer, tmp_path):
     ):
         with pytest.raises(UserError, match=sentence):
             reconstruct(tokenizer, tmp_path / "one.mp4", tmp_path / "out", **options)
-    with pytest.raises(UserError, match="nowhere.mp4 does not exist: give a video file"):
+    with pytest.raises(UserError, match="nowhere.mp4 does not exist: give a video or image"):
         reconstruct(tokenizer, tmp_path / "nowhere.mp4", tmp_path / "out")
     with pytest.raises(UserError, match="no tokenizer"):
         reconstruct(tmp_path, tmp_path / "one.mp4", tmp_path / "out")
