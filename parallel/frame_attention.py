@@ -24,12 +24,12 @@ class Group:
 
     Args:
         rows: the queries' places in the sequence.
-        keys: the keys' places; int64 where they are no range.
+        keys: the keys' places, ranges one behind the other.
         hidden: additive, 0 or -inf, [B, rows, keys].
     """
 
     rows: slice
-    keys: slice | Tensor
+    keys: tuple[slice, ...]
     hidden: Tensor
 
 
@@ -76,24 +76,25 @@ class Visibility:
         rows, own_rows = self.rows(0)
         if rows.start < rows.stop:
             visible = valid[:, own_rows, None] & valid[:, None] | itself[own_rows]
-            yield Group(rows, slice(0, text), additive(visible, dtype))
+            yield Group(rows, (slice(0, text),), additive(visible, dtype))
         block = layout.scale[:tokens].to(device)
         own = (block[None] <= block[:, None]).expand(batch, -1, -1)  # [B, n, n]
-        place = torch.arange(text + layout.video_tokens, device=device)
         for frame in range(layout.num_frames):
             rows, own_rows = self.rows(1 + frame)
             if rows.start == rows.stop:
                 continue
-            start, same = text + frame * tokens, own[:, own_rows]
+            same = own[:, own_rows]
             seen = self.frames_seen[:, frame, :frame]  # [B, t]
             used = seen.any(0).nonzero()[:, 0]  # frames that no clip sees are left out
             before = torch.cat([valid, seen[:, used].repeat_interleave(tokens, dim=1)], dim=1)  # [B, keys before]
             visible = torch.cat([before[:, None].expand(-1, same.shape[1], -1), same], dim=2)
-            keys: slice | Tensor = slice(0, start + tokens)
-            if len(used) < frame:
-                earlier = place[text:start].view(frame, tokens)[used].flatten()
-                keys = torch.cat([place[:text], earlier, place[start : start + tokens]])
-            yield Group(rows, keys, additive(visible, dtype))
+            ranges = [(0, text)]
+            for begin in (text + earlier * tokens for earlier in (*used.tolist(), frame)):
+                if begin == ranges[-1][1]:  # neighbours are one range
+                    ranges[-1] = (ranges[-1][0], begin + tokens)
+                else:
+                    ranges.append((begin, begin + tokens))
+            yield Group(rows, tuple(slice(*one) for one in ranges), additive(visible, dtype))
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -130,7 +131,7 @@ class _FrameAttention(torch.autograd.Function):
         out = value.contiguous().clone() if mask.places is None else value.index_select(0, mask.places)
         places = _by_place(out)
         for group in mask.groups(q.dtype):
-            places[group.rows] = torch.bmm(_probabilities(q, k, group), v[:, group.keys]).transpose(0, 1)
+            places[group.rows] = torch.bmm(_probabilities(q, k, group), _at(v, group.keys)).transpose(0, 1)
         return out.flatten(2)
 
     @staticmethod
@@ -145,15 +146,14 @@ class _FrameAttention(torch.autograd.Function):
         grad_v[layout.text_length + layout.video_tokens :][own_rows] = grad_out[:, rows].transpose(0, 1)
         for group in ctx.mask.groups(q.dtype):
             seen, own = _probabilities(q, k, group), grad_out[:, group.rows]
-            grad_seen = torch.bmm(own, v[:, group.keys].transpose(1, 2))
+            grad_seen = torch.bmm(own, _at(v, group.keys).transpose(1, 2))
             grad_scores = torch._softmax_backward_data(grad_seen, seen, -1, seen.dtype)
-            grad_q[group.rows] = torch.bmm(grad_scores, k[:, group.keys]).transpose(0, 1)
+            grad_q[group.rows] = torch.bmm(grad_scores, _at(k, group.keys)).transpose(0, 1)
             for total, left, right in ((grad_v, seen, own), (grad_k, grad_scores, q[:, group.rows])):
                 product = torch.bmm(left.transpose(1, 2), right).transpose(0, 1)  # [keys, B * heads, D]
-                if isinstance(group.keys, slice):
-                    total[group.keys] += product
-                else:
-                    total.index_add_(0, group.keys, product)
+                sizes = [one.stop - one.start for one in group.keys]
+                for one, part in zip(group.keys, product.split(sizes)):
+                    total[one] += part
         grads[0] = turn(grads[0], ctx.own, -1).mul_(query.shape[-1] ** -0.5)
         grads[1] = turn(grads[1], ctx.whole, -1)
         return *(one.to(value.dtype) for one in grads), None, None, None
@@ -176,8 +176,14 @@ def _heads(x: Tensor) -> Tensor:
     return x.flatten(1, 2).transpose(0, 1)
 
 
+def _at(x: Tensor, keys: tuple[slice, ...]) -> Tensor:
+    """Keys or values of these places, [B * heads, S, D] -> [B * heads, keys, D]; without a copy where they are one range."""
+    parts = [x[:, one] for one in keys]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
 def _probabilities(q: Tensor, k: Tensor, group: Group) -> Tensor:
     """[B * heads, rows, keys]."""
-    scores = torch.bmm(q[:, group.rows], k[:, group.keys].transpose(1, 2))
+    scores = torch.bmm(q[:, group.rows], _at(k, group.keys).transpose(1, 2))
     scores.unflatten(0, (group.hidden.shape[0], -1)).add_(group.hidden[:, None])  # [B, heads, rows, keys]
     return torch.softmax(scores, dim=-1)
