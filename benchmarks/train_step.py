@@ -199,7 +199,7 @@ def save_stall(info: ProcessInfo) -> dict[str, float]:
         for number in range(3):
             ordinary = statistics.median(best(step) for _ in range(5))
             started, steps = time.perf_counter(), 0
-            saver.start(number, chunks, optimizer, {})
+            saver.save(number, chunks, optimizer, {}, background=True)
             while True:
                 step()
                 steps += 1

@@ -85,13 +85,13 @@ def load_model(
         UserError: a file is missing or damaged, or names or shapes are not those of the configuration.
     """
     stored = StoredWeights(directory, device)
-    model = _empty_model(stored.config)
+    model = VideoARTransformer.empty(stored.config)
     model.load_state_dict({name: stored[name].to(dtype) for name in stored}, assign=True)
     return model.requires_grad_(False).eval()
 
 
 class StoredWeights(Mapping[str, Tensor]):
-    """A model's weights, each read when it is asked for.
+    """A model's weights, each read when it is asked for; `content` is its config.json, `config` the network.
 
     Args:
         directory: what `save_model` wrote.
@@ -102,7 +102,8 @@ class StoredWeights(Mapping[str, Tensor]):
     """
 
     def __init__(self, directory: str | Path, device: str | torch.device = "cpu"):
-        self.config = ModelConfig.from_dict(read_config(directory)["model"])
+        self.content = read_config(directory)
+        self.config = ModelConfig.from_dict(self.content["model"])
         self._file = Path(directory) / WEIGHTS_FILE
         if not self._file.is_file():
             raise UserError(f"{directory} holds no {WEIGHTS_FILE}: give what `videoar export` wrote to its end.")
@@ -137,11 +138,6 @@ def fingerprint(model: VideoARTransformer) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
-
-
-def _empty_model(config: ModelConfig) -> VideoARTransformer:
-    with torch.device("meta"):
-        return VideoARTransformer(config)
 
 
 def _check_weights(config: ModelConfig, shapes: dict[str, tuple[int, ...]], where: str) -> None:

@@ -148,7 +148,12 @@ class VideoARTransformer(nn.Module):
         return angles.cos(), angles.sin()
 
     @classmethod
-    def shapes(cls, config: ModelConfig) -> dict[str, torch.Size]:
-        """Of all weights, by name; no weight is made."""
+    def empty(cls, config: ModelConfig) -> VideoARTransformer:
+        """A network whose weights have shapes and no values, until `load_state_dict(..., assign=True)`."""
         with torch.device("meta"):
-            return {name: value.shape for name, value in cls(config).state_dict().items()}
+            return cls(config)
+
+    @classmethod
+    def shapes(cls, config: ModelConfig) -> dict[str, torch.Size]:
+        """Of all weights, by name."""
+        return {name: value.shape for name, value in cls.empty(config).state_dict().items()}

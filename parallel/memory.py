@@ -8,7 +8,7 @@ weights and inputs, FlexAttention's block masks, and what gathering the optimize
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from inference.config import ModelConfig
 from inference.model import VideoARTransformer
@@ -149,8 +149,7 @@ class _Layer:
     @property
     def tokens(self) -> int:
         """This process's tokens of all clips, inside the matrices."""
-        multiple = self.parallel.sequence_multiple
-        length = -(-self.layout.length // multiple) * multiple
+        length = replace(self.layout, multiple=self.parallel.sequence_multiple).length
         return self.clips * length // self.parallel.context_parallel_size
 
     @property

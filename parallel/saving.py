@@ -1,15 +1,14 @@
 """Writing checkpoints while training goes on: a copy of the state is taken at once, a thread writes it, and the ranks finish it together.
 
 saver = Saver(directory, keep=2)
-saver.start(step, chunks, optimizer, common)      the training may go on: later updates do not reach the copy
-saver.poll()                                      after each step: finishes the checkpoint once all ranks have written
-saver.wait()                                      before the process ends
+saver.save(step, chunks, optimizer, common, background=True)    the training may go on: later updates do not reach the copy
+saver.poll()                                                    after each step: finishes the checkpoint once all ranks have written
+saver.wait()                                                    before the process ends
 """
 
 from __future__ import annotations
 
 import json
-import os
 import queue
 import shutil
 import threading
@@ -86,27 +85,19 @@ class Saver:
         optimizer: MegatronOptimizer,
         common: dict[str, Any],
         ema: Ema | None = None,
+        background: bool = False,
     ) -> Path:
-        """`start` and `wait`; returns the checkpoint's folder."""
-        self.start(step, chunks, optimizer, common, ema)
-        self.wait()
-        return self._final(step)
-
-    def start(
-        self,
-        step: int,
-        chunks: Sequence[torch.nn.Module],
-        optimizer: MegatronOptimizer,
-        common: dict[str, Any],
-        ema: Ema | None = None,
-    ) -> None:
-        """Begins to write `directory/step-<step>`; one that is still being written is waited for.
+        """Writes `directory/step-<step>`; one that is still being written is waited for.
 
         Args:
             step: finished optimizer steps.
             chunks, optimizer: of `build_model` and `build_optimizer`.
             common: what is the same on all ranks: data position, configuration (anything that pickles).
             ema: running means to keep beside the weights.
+            background: return once the state is copied; `poll` or `wait` finish the checkpoint.
+
+        Returns:
+            The checkpoint's folder.
 
         Raises:
             UserError: this checkpoint or the one before can't be written; on all ranks alike.
@@ -135,6 +126,9 @@ class Saver:
         )
         thread.start()
         self._pending = _Pending(step, strategy, thread)
+        if not background:
+            self.wait()
+        return self._final(step)
 
     def poll(self) -> Path | None:
         """Finishes the checkpoint that is being written, if all ranks have written theirs; returns its folder then."""
@@ -190,8 +184,7 @@ class Saver:
             sync(file)
         _write_marker(temporary / MARKER, {"step": step})
         sync(temporary)
-        old = [final] if final.exists() else []
-        aside = [self._put_aside(folder) for folder in old]
+        aside = [self._put_aside(final)] if final.exists() else []
         temporary.rename(final)
         sync(self.directory)
         aside += [self._put_aside(folder) for folder in (complete(self.directory)[: -self.keep] if self.keep else [])]
@@ -263,7 +256,7 @@ def _copied(buckets: Any) -> Any:
 
 
 def _write(transforms: Any, buckets: Any, results: queue.Queue) -> None:
-    """The thread: writes what `start` copied. No collective runs here: the training's own would get in its way."""
+    """The thread: writes what `save` copied. No collective runs here: the training's own would get in its way."""
     try:
         if buckets:
             results.put({index: _write_bucket(transforms, bucket) for index, bucket in enumerate(buckets)})
@@ -291,7 +284,5 @@ def _remove(folders: list[Path]) -> None:
 
 
 def _write_marker(file: Path, content: dict[str, Any]) -> None:
-    with file.open("w") as out:
-        json.dump(content, out)
-        out.flush()
-        os.fsync(out.fileno())
+    file.write_text(json.dumps(content))
+    sync(file)

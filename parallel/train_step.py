@@ -268,9 +268,8 @@ def update(optimizer: MegatronOptimizer, lr: float) -> float:
         group["lr"] = lr
         # megatron leaves this to its scheduler; a loaded checkpoint brings the old value, and the configuration decides
         group["weight_decay"] = optimizer.config.weight_decay * group["wd_mult"]
-        if (
-            "fused" in group
-        ):  # torch's own AdamW, where the others are missing: one pass over memory instead of some ten
+        # torch's own AdamW, where the others are missing: one pass over memory instead of some ten
+        if "fused" in group:
             group["fused"] = True
     with cuda_redirected():
         _, norm, _ = optimizer.step()  # type: ignore[misc]

@@ -175,11 +175,16 @@ def _clips(stage: StageConfig, dataset: CodeDataset) -> int:
     """Clips of a step on one source."""
     if stage.token_budget is None:
         return stage.global_batch_size
-    microbatches = stage.global_batch_size // stage.micro_batch_size
-    return microbatches * max(1, round(stage.token_budget / _tokens(dataset)))
+    return stage.global_batch_size // stage.micro_batch_size * _clips_within(stage.token_budget, dataset)
+
+
+def _clips_within(budget: int, dataset: CodeDataset) -> int:
+    """Clips of a microbatch whose tokens come nearest to the budget."""
+    return max(1, round(budget / _tokens(dataset)))
 
 
 def _tokens(dataset: CodeDataset) -> int:
+    """Of a clip."""
     return dataset.num_frames * dataset.manifest.scale_schedule.tokens_per_frame
 
 
@@ -189,16 +194,16 @@ def _batch_sizes(stage: StageConfig, datasets: Sequence[CodeDataset]) -> list[in
     Raises:
         UserError: their steps would differ by more than `MAX_SPREAD` in tokens.
     """
+
+    def alike(budget: int) -> bool:
+        tokens = [_clips_within(budget, dataset) * _tokens(dataset) for dataset in datasets]
+        return max(tokens) <= MAX_SPREAD * min(tokens)
+
     sizes = [_clips(stage, dataset) for dataset in datasets]
-    tokens = [size * _tokens(dataset) for size, dataset in zip(sizes, datasets)]
-    if stage.token_budget is not None and max(tokens) > MAX_SPREAD * min(tokens):
+    if stage.token_budget is not None and not alike(stage.token_budget):
+        tokens = [size * _tokens(dataset) for size, dataset in zip(sizes, datasets)]
         longest = max(_tokens(dataset) for dataset in datasets)
-        wider = next(
-            budget
-            for budget in count(longest * max(1, stage.token_budget // longest), longest)
-            if (found := [max(1, round(budget / _tokens(one))) * _tokens(one) for one in datasets])
-            and max(found) <= MAX_SPREAD * min(found)
-        )
+        wider = next(filter(alike, count(longest * max(1, stage.token_budget // longest), longest)))
         raise UserError(
             f"stage '{stage.name}': with token_budget {stage.token_budget} its steps have {min(tokens)} to {max(tokens)} tokens, "
             f"which cost too differently: choose {wider}."

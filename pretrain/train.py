@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from data_pipelines.code_stream import CodeBatch
-from inference.checkpoint import StoredWeights, read_config
+from inference.checkpoint import StoredWeights
 from inference.config import ModelConfig
 from parallel import checkpoint
 from parallel.ema import Ema
@@ -113,9 +113,9 @@ class Trainer:
         self.config, self.plan, self.info = config, plan, info
         optimizer = config.optimizer
         self.checkpoints = Path(config.out) / "checkpoints"
-        newest = checkpoint.latest(self.checkpoints)
-        start = None if newest or config.from_export is None else exported_weights(config.from_export, plan)
-        self.chunks = build_model(plan.model, config.parallel, info, None if newest else config.seed, start)
+        self.newest = checkpoint.latest(self.checkpoints)  # where this start goes on from
+        start = None if self.newest or config.from_export is None else exported_weights(config.from_export, plan)
+        self.chunks = build_model(plan.model, config.parallel, info, None if self.newest else config.seed, start)
         self.optimizer = build_optimizer(
             self.chunks, optimizer.lr, optimizer.weight_decay, optimizer.betas, optimizer.eps, optimizer.clip_grad
         )
@@ -125,12 +125,11 @@ class Trainer:
 
     def restore(self) -> Position:
         """Loads the newest complete checkpoint, if there is one."""
-        newest = checkpoint.latest(self.checkpoints)
-        if newest is None:
+        if self.newest is None:
             return Position()
-        common = checkpoint.load_common(newest)
-        _check_same_run(self.config, self.plan.model, common, newest)
-        checkpoint.load(newest, self.chunks, self.optimizer, self.ema)
+        common = checkpoint.load_common(self.newest)
+        _check_same_run(self.config, self.plan.model, common, self.newest)
+        checkpoint.load(self.newest, self.chunks, self.optimizer, self.ema)
         return Position(**common["position"])
 
     def run_stage(self, stage: StagePlan, position: Position, stop: StopFlag) -> Position:
@@ -240,9 +239,9 @@ class Trainer:
             "tokenizer": self.plan.tokenizer,
             "config": settings.to_dict(self.config),
         }
-        self.saver.start(position.global_step, self.chunks, self.optimizer, common, self.ema)
-        if not self.config.save_in_background:
-            self.saver.wait()
+        self.saver.save(
+            position.global_step, self.chunks, self.optimizer, common, self.ema, self.config.save_in_background
+        )
 
 
 def microbatch(
@@ -266,15 +265,15 @@ def exported_weights(folder: str, plan: Plan) -> StoredWeights:
     Raises:
         UserError: it is no exported model, is another network, or was trained on another tokenizer's codes.
     """
-    content = read_config(folder)
-    stored, now = content["model"], plan.model.to_dict()
-    theirs, mine = content.get("tokenizer_fingerprint"), plan.fingerprint
+    weights = StoredWeights(folder)
+    stored, now = weights.content["model"], plan.model.to_dict()
+    theirs, mine = weights.content.get("tokenizer_fingerprint"), plan.fingerprint
     for name, old, new in [("tokenizer", theirs, mine), *((name, stored.get(name), now[name]) for name in now)]:
         if name not in LATER and old != new:
             raise UserError(
                 f"from_export: {folder} has {name} {old}, this run has {new}: start from a model that fits."
             )
-    return StoredWeights(folder)
+    return weights
 
 
 def _head(stage: StagePlan, step: int, global_step: int) -> dict[str, Any]:

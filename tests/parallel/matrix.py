@@ -189,7 +189,7 @@ def train(
         if saver is not None:
             saver.poll()
             if step + 1 == SAVED:
-                saver.start(SAVED, chunks, optimizer, {})  # the steps that follow must not reach it
+                saver.save(SAVED, chunks, optimizer, {}, background=True)  # the steps that follow must not reach it
     if saver is not None:
         saver.wait()
     leave_layout()

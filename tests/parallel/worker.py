@@ -143,7 +143,7 @@ def killed(out: Path) -> None:
         saving._write_bucket = write_and_die
     else:
         saving._write_marker = die
-    saver.start(2, chunks, optimizer, {})
+    saver.save(2, chunks, optimizer, {}, background=True)
     saver.wait()
 
 
@@ -151,7 +151,7 @@ def full(out: Path) -> None:
     """Saves step 1; then no file may grow any more, as on a full disk."""
     saver, chunks, optimizer = one_step(out)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-    saver.start(2, chunks, optimizer, {})
+    saver.save(2, chunks, optimizer, {}, background=True)
     try:
         saver.wait()
     except UserError as error:
