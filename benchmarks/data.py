@@ -32,12 +32,12 @@ import torch
 from streaming import MDSWriter
 from streaming.base.util import merge_index
 
-from benchmarks.memory import network
 from benchmarks.report import hardware, report
 from benchmarks.timing import best, by_turns
+from benchmarks.training import BITS, Training, clips, network
 from data_pipelines import encode_worker
 from data_pipelines.clips import ClipDataset
-from data_pipelines.code_stream import CodeBatch, CodeStream, Source
+from data_pipelines.code_stream import CodeStream, Source
 from data_pipelines.codes import MANIFEST, Manifest, columns, to_record
 from data_pipelines.encode import EncodeConfig, encode, make_job
 from data_pipelines.moving_shapes import write_corpus
@@ -45,17 +45,11 @@ from data_pipelines.random_access import HASH, ShardFolder
 from data_pipelines.shard_part import ShardsConfig
 from data_pipelines.shards import write_shards
 from parallel.setup import ParallelConfig, destroy, initialize
-from parallel.train_step import build_model, build_optimizer, forward_backward, update
-from pretrain.bitwise_loss import bitwise_loss
-from pretrain.config import PretrainConfig
-from pretrain.objective import ObjectiveConfig
-from pretrain.randomness import Randomness
-from pretrain.train import microbatch
 from tokenizer import MultiScaleQuantizer, ScaleSchedule, VideoTokenizer, settings
 from tokenizer.train_config import TokenizerTrainConfig
 
 ROOT = Path(__file__).parents[1]
-TEXT_WIDTH, BITS, FRAMES, CLIP = 64, 48, 5, 17
+TEXT_WIDTH, FRAMES, CLIP = 64, 5, 17
 
 
 def main() -> None:
@@ -82,8 +76,8 @@ def clip_loader(folder: Path, width: int, height: int, repeat: int) -> float:
     for number in range(12):
         _film(folder / "videos" / f"{number}.mp4", width, height, number)
     write_shards(folder / "videos", folder / "shards")
-    clips = ClipDataset(folder / "shards", CLIP, 128, start="centre")
-    videos = [clips.shards[row]["video"] for row in range(len(clips))]
+    loader = ClipDataset(folder / "shards", CLIP, 128, start="centre")
+    videos = [loader.shards[row]["video"] for row in range(len(loader))]
 
     def bare() -> None:
         for video in videos:
@@ -93,7 +87,7 @@ def clip_loader(folder: Path, width: int, height: int, repeat: int) -> float:
                     pass
 
     def load() -> None:
-        torch.stack([clips[row]["video"] for row in range(len(clips))])
+        torch.stack([loader[row]["video"] for row in range(len(loader))])
 
     bare_seconds, load_seconds = by_turns((bare, load), repeat)
     return round(bare_seconds / load_seconds, 3)
@@ -101,10 +95,10 @@ def clip_loader(folder: Path, width: int, height: int, repeat: int) -> float:
 
 def code_loader(folder: Path, cores: int, repeat: int) -> dict[str, float]:
     """Random codes of the paper's 17x128x128 clips, and the demo's training step."""
-    schedule, draw, clips = ScaleSchedule.square(8, 6), torch.Generator().manual_seed(0), 512
+    schedule, draw, rows = ScaleSchedule.square(8, 6), torch.Generator().manual_seed(0), 512
     quantizer = MultiScaleQuantizer(BITS)
     writer = MDSWriter(columns=columns(False), out=str(folder / "00000"), hashes=[HASH])
-    for number in range(clips):
+    for number in range(rows):
         latent = torch.randn(1, BITS, FRAMES, 8, 8, generator=draw)
         tokens = quantizer.quantize(latent, schedule).tokens()[0]
         text = np.random.default_rng(number).standard_normal((8, TEXT_WIDTH)).astype(np.float16)
@@ -114,10 +108,10 @@ def code_loader(folder: Path, cores: int, repeat: int) -> dict[str, float]:
     merge_index([str(folder / "00000" / "index.json")], str(folder))
     manifest = Manifest(
         fingerprint="0" * 16, schedule=schedule.to_list(), num_frames=FRAMES, dim=BITS, clip_frames=CLIP, height=128, width=128,
-        fps=8.0, text_encoder="bytes", text_fingerprint="bytes", text_dim=TEXT_WIDTH, has_latents=False, rows=clips, dead=0, classes=[],
+        fps=8.0, text_encoder="bytes", text_fingerprint="bytes", text_dim=TEXT_WIDTH, has_latents=False, rows=rows, dead=0, classes=[],
     )  # fmt: skip
     (folder / MANIFEST).write_text(manifest.to_json())
-    text_bytes = clips * 8 * TEXT_WIDTH * 2
+    text_bytes = rows * 8 * TEXT_WIDTH * 2
     size = sum(file.stat().st_size for file in folder.rglob("*.mds")) - text_bytes
     stream = CodeStream([Source(str(folder), FRAMES)], 32)
     torch.set_num_threads(1)
@@ -128,40 +122,18 @@ def code_loader(folder: Path, cores: int, repeat: int) -> dict[str, float]:
         "code_loader_ratio": round(loaded / trained, 1),
         "loaded_tokens_per_second": round(loaded),
         "trained_tokens_per_second": round(trained),
-        "bytes_per_latent_frame": round(size / (clips * FRAMES), 1),
+        "bytes_per_latent_frame": round(size / (rows * FRAMES), 1),
     }
 
 
 def _demo_tokens_per_second(cores: int, repeat: int) -> float:
     """Of the demo's longest clips: 32 of them a step."""
     torch.set_num_threads(cores)
-    run = settings.load(PretrainConfig, ROOT / "pretrain" / "configs" / "demo" / "pretrain.yaml")
-    schedule = ScaleSchedule.square(4, 4)
-    model = network(run.network, schedule, FRAMES, TEXT_WIDTH)
-    parallel = ParallelConfig(precision="auto")
-    info = initialize(parallel, 0)
-    chunks = build_model(model, parallel, info, seed=0)
-    optimizer = build_optimizer(chunks, 1e-3)
-    draw = torch.Generator().manual_seed(0)
-    batch = CodeBatch(
-        tokens=torch.rand(32, FRAMES, schedule.tokens_per_frame, BITS, generator=draw) > 0.5,
-        latents=torch.randn(32, FRAMES, BITS, 4, 4, generator=draw),
-        text=torch.randn(32, run.network.max_text_length, TEXT_WIDTH, generator=draw),
-        text_lengths=torch.full((32,), 8),
-        class_ids=torch.full((32,), -1),
-        sample_index=torch.arange(32),
-        epoch=torch.zeros(32, dtype=torch.long),
-        schedule=schedule,
-    )
-    objective = ObjectiveConfig(Randomness(0), run.stages[-1].error_correction, run.stages[-1].p_mask)
-
-    def step() -> None:
-        of = microbatch(batch, objective, model, parallel, training=True)
-        forward_backward(chunks, [of], lambda logits, one: bitwise_loss(logits, one.targets, one.layout))
-        update(optimizer, 1e-3)
-
-    step()
-    seconds = best(step, repeat=repeat)
+    schedule, parallel = ScaleSchedule.square(4, 4), ParallelConfig(precision="auto")
+    model = network("demo/pretrain", schedule, FRAMES, TEXT_WIDTH)
+    training = Training(model, parallel, initialize(parallel, 0), [clips(model, 32, model.layout())])
+    training.step()
+    seconds = best(training.step, repeat=repeat)
     destroy()
     return 32 * FRAMES * schedule.tokens_per_frame / seconds
 
@@ -172,12 +144,10 @@ def encoding(folder: Path) -> dict[str, float]:
     torch.manual_seed(0)
     VideoTokenizer(config.tokenizer).eval().save_pretrained(folder / "tokenizer")
     write_corpus(folder / "corpus", 640, 0, validation=1)
-    shards = {}
-    for name, clips in (("short", 128), ("long", 640)):
+    for name, number in (("short", 128), ("long", 640), ("one", 256)):
         table = folder / "corpus" / f"{name}.csv"
-        table.write_text("\n".join((folder / "corpus" / "train.csv").read_text().splitlines()[: clips + 1]) + "\n")
-        write_shards(table, folder / name, ShardsConfig(part_files=64))
-        shards[name] = clips
+        table.write_text("\n".join((folder / "corpus" / "train.csv").read_text().splitlines()[: number + 1]) + "\n")
+        write_shards(table, folder / name, ShardsConfig(part_files=number if name == "one" else 64))
 
     def seconds(name: str, actors: int) -> float:
         out = folder / f"{name}-{actors}"
@@ -198,9 +168,6 @@ def encoding(folder: Path) -> dict[str, float]:
 
 
 def _orchestration(folder: Path) -> float:
-    table = folder / "corpus" / "one.csv"
-    table.write_text("\n".join((folder / "corpus" / "train.csv").read_text().splitlines()[:257]) + "\n")
-    write_shards(table, folder / "one")
     config = EncodeConfig(str(folder / "one"), str(folder / "tokenizer"), str(folder / "one-codes"), latents=True)
     worker = encode_worker.ShardEncoder(config.shards, config.tokenizer, "cpu", 1)
     job = make_job(config, worker.tokenizer.fingerprint, "64x64x17")

@@ -14,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.report import hardware, report
+from benchmarks.training import Training, clips, network
 from inference.config import ModelConfig
 from parallel.memory import Memory, estimate
 from parallel.setup import ParallelConfig, destroy, initialize
-from parallel.train_step import Microbatch, build_model, build_optimizer, forward_backward, update
-from pretrain.bitwise_loss import bitwise_loss
-from pretrain.config import NetworkConfig, PretrainConfig
-from tokenizer import settings
 from tokenizer.scales import ScaleSchedule
-from tokenizer.sequence import SequenceLayout
 
 SMALL = ModelConfig(
     num_layers=6, hidden_size=256, num_attention_heads=4, scales=ScaleSchedule.square(8, 6).scales, num_frames=5, bits=32, text_dim=64,
@@ -51,7 +47,6 @@ RUNS = {
 
 PAPER = {"L": "ucf101-l", "XL": "ucf101-xl", "4B": "t2v-4b"}
 """The sizes' files in pretrain/configs/."""
-BITS, TEXT_WIDTH, CLASSES = 48, 2048, 101
 BF16 = ParallelConfig(precision="bfloat16")
 # size, clip, grid, scales, latent frames, clips a forward pass, processes, layout
 PLANS = (
@@ -100,14 +95,10 @@ def planned_over_measured(parallel: ParallelConfig, model: ModelConfig = SMALL) 
     """Of the process whose step takes the most memory."""
     info = initialize(parallel, 0)
     layout = model.layout(multiple=parallel.sequence_multiple)
-    draw = torch.Generator().manual_seed(0)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        batches = [_clips(model, layout, draw) for _ in range(MICROBATCHES)]
-        chunks = build_model(model, parallel, info, seed=0)
-        optimizer = build_optimizer(chunks, 1e-4)
+        training = Training(model, parallel, info, [clips(model, CLIPS, layout) for _ in range(MICROBATCHES)])
         for _ in range(2):  # the first step makes the optimizer's states
-            forward_backward(chunks, batches, lambda logits, of: bitwise_loss(logits, of.targets, of.layout))
-            update(optimizer, 1e-4)
+            training.step()
     peak = torch.tensor(_peak(profiler))
     torch.distributed.all_reduce(peak, torch.distributed.ReduceOp.MAX)
     planned = estimate(model, parallel, info.world_size, layout, CLIPS, MICROBATCHES, gpu=False)
@@ -130,28 +121,14 @@ def table() -> str:
         "together (GiB)",
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for size, clip, grid, scales, frames, clips, processes, parallel in PLANS:
-        model = paper_network(size, ScaleSchedule.for_grid(*grid, scales), frames)
+    for size, clip, grid, scales, frames, number, processes, parallel in PLANS:
+        model = network(PAPER[size], ScaleSchedule.for_grid(*grid, scales), frames)
         layout = model.layout()
         # enough microbatches to fill the pipeline
-        memory = estimate(model, parallel, processes, layout, clips, 4 * parallel.pipeline_parallel_size)
-        cells = [size, clip, str(clips), str(processes), _name(parallel, processes), *_gigabytes(memory)]
+        memory = estimate(model, parallel, processes, layout, number, 4 * parallel.pipeline_parallel_size)
+        cells = [size, clip, str(number), str(processes), _name(parallel, processes), *_gigabytes(memory)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def paper_network(size: str, schedule: ScaleSchedule, frames: int) -> ModelConfig:
-    """One of the paper's sizes for clips of a grid and a length."""
-    file = Path(__file__).parents[1] / "pretrain" / "configs" / f"{PAPER[size]}.yaml"
-    return network(settings.load(PretrainConfig, file).network, schedule, frames, TEXT_WIDTH)
-
-
-def network(config: NetworkConfig, schedule: ScaleSchedule, frames: int, text_width: int) -> ModelConfig:
-    """What a recipe's settings and the codes would make together."""
-    fields = asdict(config)
-    by_class = fields.pop("condition") == "class"
-    condition: dict[str, Any] = {"num_classes": CLASSES} if by_class else {"text_dim": text_width}
-    return ModelConfig(**fields, scales=schedule.scales, num_frames=frames, bits=BITS, **condition)
 
 
 def _gigabytes(memory: Memory) -> list[str]:
@@ -171,17 +148,6 @@ def _name(parallel: ParallelConfig, processes: int) -> str:
     name = " ".join(f"{what} {size}" for what, size in {**sizes, "DP": data}.items() if size > 1)
     name += f", {parallel.virtual_pipeline_size} virtual stages" if parallel.virtual_pipeline_size > 1 else ""
     return name + (f", recompute {parallel.recompute}" if parallel.recompute != "none" else "")
-
-
-def _clips(model: ModelConfig, layout: SequenceLayout, draw: torch.Generator) -> Microbatch:
-    shape = (CLIPS, layout.num_frames, layout.schedule.tokens_per_frame, model.bits)
-    return Microbatch(
-        torch.randn(CLIPS, layout.video_tokens, model.bits, generator=draw),
-        layout,
-        torch.randn(CLIPS, layout.text_length, model.text_dim, generator=draw),
-        torch.full((CLIPS,), layout.text_length),
-        targets=torch.randint(0, 2, shape, dtype=torch.bool, generator=draw),
-    )
 
 
 def _peak(profiler: profile) -> int:

@@ -35,9 +35,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
-from benchmarks.memory import paper_network
 from benchmarks.report import hardware, peak_memory, report
 from benchmarks.timing import best, by_turns
+from benchmarks.training import Training, clips, network
 from inference.config import ModelConfig
 from inference.model import VideoARTransformer
 from parallel.attention import AttentionContext
@@ -45,7 +45,7 @@ from parallel.context import visible_keys
 from parallel.frame_attention import Visibility
 from parallel.saving import Saver
 from parallel.setup import ParallelConfig, ProcessInfo, destroy, initialize
-from parallel.train_step import Microbatch, build_model, build_optimizer, forward_backward, update
+from parallel.train_step import Microbatch
 from pretrain.bitwise_loss import bitwise_loss
 from tokenizer.errors import UserError
 from tokenizer.scales import ScaleSchedule
@@ -86,36 +86,6 @@ def main() -> None:
     report("train_step", hardware("cpu", args.threads), results, args.keep)
 
 
-def clips(config: ModelConfig, number: int, layout: SequenceLayout) -> Microbatch:
-    """Random inputs and bits, whole texts."""
-    draw = torch.Generator().manual_seed(0)
-    condition = torch.randn(number, layout.text_length, config.text_dim, generator=draw)
-    if config.num_classes:
-        condition = torch.randint(0, config.num_classes, (number,), generator=draw)
-    shape = (number, layout.num_frames, layout.schedule.tokens_per_frame, config.bits)
-    return Microbatch(
-        torch.randn(number, layout.video_tokens, config.bits, generator=draw),
-        layout,
-        condition,
-        torch.full((number,), layout.text_length),
-        targets=torch.randint(0, 2, shape, dtype=torch.bool, generator=draw),
-    )
-
-
-def megatron_step(
-    config: ModelConfig, parallel: ParallelConfig, info: ProcessInfo, batch: Microbatch
-) -> Callable[[], None]:
-    """A whole step on megatron-core."""
-    chunks = build_model(config, parallel, info, seed=0)
-    optimizer = build_optimizer(chunks, 1e-4)
-
-    def step() -> None:
-        forward_backward(chunks, [batch], lambda logits, of: bitwise_loss(logits, of.targets, of.layout))
-        update(optimizer, 1e-4)
-
-    return step
-
-
 def plain_step(config: ModelConfig, dtype: torch.dtype, batch: Microbatch) -> Callable[[], None]:
     """The same step on the plain model."""
     model = VideoARTransformer(config).to(dtype)
@@ -136,7 +106,7 @@ def against_matmul(parallel: ParallelConfig, info: ProcessInfo, repeat: int) -> 
     layout, dtype = WIDE.layout(), parallel.dtype
     batch = clips(WIDE, 1, layout)
     a, b = (torch.randn(MATMUL, MATMUL).to(dtype) for _ in range(2))
-    steps = (megatron_step(WIDE, parallel, info, batch), plain_step(WIDE, dtype, batch), lambda: torch.mm(a, b))
+    steps = (Training(WIDE, parallel, info, [batch]).step, plain_step(WIDE, dtype, batch), lambda: torch.mm(a, b))
     ours, plain, matmul = by_turns(steps, repeat)
     rate = 2 * MATMUL**3 / matmul
     return {
@@ -175,7 +145,7 @@ def cost_by_length(info: ProcessInfo, repeat: int) -> dict[str, float]:
     """Time a token against the number of frames."""
     config = replace(WIDE, num_layers=2, hidden_size=512, num_attention_heads=8, num_frames=17, window=4)
     batches = [clips(config, 1, replace(config.layout(), num_frames=frames)) for frames in (5, 9, 17)]
-    times = by_turns(tuple(megatron_step(config, ParallelConfig(), info, batch) for batch in batches), repeat + 2)
+    times = by_turns([Training(config, ParallelConfig(), info, [batch]).step for batch in batches], repeat + 2)
     each = [seconds / batch.layout.length for seconds, batch in zip(times, batches)]
     return {"length_cost_spread": round(max(each) / min(each), 3)} | {
         f"microseconds_a_token_{batch.layout.num_frames}_frames": round(1e6 * one, 1)
@@ -185,23 +155,16 @@ def cost_by_length(info: ProcessInfo, repeat: int) -> dict[str, float]:
 
 def save_stall(info: ProcessInfo) -> dict[str, float]:
     """Of the network that `gemm_fraction` is measured on."""
-    batch = clips(WIDE, 1, WIDE.layout())
-    chunks = build_model(WIDE, ParallelConfig(), info, seed=0)
-    optimizer = build_optimizer(chunks, 1e-4)
-
-    def step() -> None:
-        forward_backward(chunks, [batch], lambda logits, of: bitwise_loss(logits, of.targets, of.layout))
-        update(optimizer, 1e-4)
-
+    training = Training(WIDE, ParallelConfig(), info, [clips(WIDE, 1, WIDE.layout())])
     delays, seconds = [], []
     with tempfile.TemporaryDirectory() as folder:
         saver = Saver(folder, keep=1)
         for number in range(3):
-            ordinary = statistics.median(best(step) for _ in range(5))
+            ordinary = statistics.median(best(training.step) for _ in range(5))
             started, steps = time.perf_counter(), 0
-            saver.save(number, chunks, optimizer, {}, background=True)
+            saver.save(number, training.chunks, training.optimizer, {}, background=True)
             while True:
-                step()
+                training.step()
                 steps += 1
                 if saver.poll():
                     break
@@ -217,13 +180,13 @@ def on_gpu(repeat: int) -> dict[str, float]:
     peak = next((flops for gpu, flops in PEAK_BFLOAT16.items() if gpu in name), None)
     if peak is None:
         raise UserError(f"the peak of '{name}' is not known: add it to PEAK_BFLOAT16 in benchmarks/train_step.py.")
-    config = paper_network("L", ScaleSchedule.for_grid(16, 16, 10), 5)
+    config = network("ucf101-l", ScaleSchedule.for_grid(16, 16, 10), 5)
     times = {}
     for fp8 in ("none", "delayed"):
         parallel = ParallelConfig(precision="bfloat16", fp8=fp8)  # type: ignore[arg-type]
         info = initialize(parallel, 0)
         batch = clips(config, 8, config.layout(multiple=parallel.sequence_multiple)).to("cuda")
-        (times[fp8],) = by_turns([megatron_step(config, parallel, info, batch)], repeat, "cuda")
+        (times[fp8],) = by_turns([Training(config, parallel, info, [batch]).step], repeat, "cuda")
         destroy()
     flops = model_flops(config, config.layout(), torch.ones(8, dtype=torch.long))
     query = torch.randn(1, 32, 1024, 80, device="cuda", dtype=torch.bfloat16)

@@ -1,6 +1,6 @@
 """The parity matrix: every layout of up to four processes against the plain model of `inference/`, printed as a table.
 
-    python tests/parallel/matrix.py                                      all layouts, some three minutes on 2 cores
+    python -m tests.parallel.matrix                                      all layouts, some three minutes on 2 cores
     torchrun --nproc-per-node 2 matrix.py OUT.json FOLDER STEPS          those of two processes
 
 Each layout trains some steps with flipped bits, hidden frames and dropped conditions on clips and images of changing grids, saves
@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,6 +37,7 @@ from pretrain.error_correction import ErrorCorrectionConfig
 from pretrain.objective import ObjectiveConfig
 from pretrain.randomness import Randomness
 from pretrain.train import microbatch
+from tests.parallel.torchrun import torchrun
 from tokenizer.scales import ScaleSchedule
 
 SEED, LR, DECAY, CLIPS, MICROBATCHES, SAVED = 3, 2e-3, 0.1, 8, 4, 3
@@ -264,17 +264,7 @@ def run(out: Path, folder: Path, steps: int) -> None:
 
 def launch(out: Path, folder: Path, processes: int, steps: int) -> dict[str, dict[str, Any]]:
     """`run` under torchrun."""
-    here = Path(__file__).resolve()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(here.parents[2]),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    done = subprocess.run(
-        [*command, here, out, folder, str(steps)], env=environment, capture_output=True, text=True, timeout=600
-    )
+    done = torchrun(Path(__file__).resolve(), processes, out, folder, steps)
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
     return json.loads(out.read_text())
@@ -295,18 +285,17 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """All layouts of one, two and four processes."""
+def everything(folder: Path) -> dict[str, dict[str, Any]]:
+    """All layouts of one, two and four processes, each after the other; those of two train for 20 steps."""
     results: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for processes, steps in ((1, 5), (2, 20), (4, 5)):
-            results |= launch(folder / "out.json", folder, processes, steps)
-    print(table(results))
+    for processes, steps in ((1, 5), (2, 20), (4, 5)):
+        results |= launch(folder / "out.json", folder, processes, steps)
+    return results
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         run(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
     else:
-        main()
+        with tempfile.TemporaryDirectory() as name:
+            print(table(everything(Path(name))))

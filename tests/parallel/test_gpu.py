@@ -10,8 +10,9 @@ from inference.config import ModelConfig
 from parallel import checkpoint
 from parallel.attention import AttentionContext, BlockCausalAttention
 from parallel.saving import Saver
-from parallel.setup import ParallelConfig, destroy, initialize
+from parallel.setup import ParallelConfig
 from parallel.train_step import Microbatch, build_model, build_optimizer, forward_backward, update
+from tests.parallel.single import loss, random_clips
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 needs_te = pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="needs transformer-engine")
@@ -21,25 +22,8 @@ MODEL = ModelConfig(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def info():
-    yield initialize(ParallelConfig(), 0)
-    destroy()
-
-
-def clips(parallel: ParallelConfig, number: int = 8) -> Microbatch:
-    draw = torch.Generator().manual_seed(0)
-    layout = MODEL.layout(multiple=parallel.sequence_multiple)
-    inputs = torch.randn(number, layout.video_tokens, MODEL.bits, generator=draw)
-    text = torch.randn(number, 16, 32, generator=draw)
-    lengths = torch.arange(1, number + 1)
-    batch = Microbatch(inputs, layout, text, lengths, targets=(inputs > 0).float())
-    return batch.to("cuda")
-
-
-def loss(logits, of):
-    each = (logits - of.targets).square().mean((1, 2))
-    return each.sum(), torch.tensor(len(each), device=logits.device), {}
+def clips(parallel: ParallelConfig) -> Microbatch:
+    return random_clips(MODEL, 0, 8, parallel.sequence_multiple).to("cuda")
 
 
 def train(chunks, optimizer, parallel: ParallelConfig, steps: int) -> list[float]:

@@ -1,9 +1,7 @@
 """The parallel network equals the plain one on every layout; checkpoints move between layouts."""
 
 import itertools
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,32 +9,19 @@ import torch
 
 from parallel import checkpoint
 from tests.parallel import matrix
+from tests.parallel.torchrun import torchrun
 from tokenizer.errors import UserError
 
 WORKER = Path(__file__).with_name("worker.py")
-ROOT = WORKER.parents[2]
 
 
 def start(mode: str, out: Path, processes: int, **variables: str) -> subprocess.CompletedProcess:
-    """Runs the worker under torchrun, on a free port."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        **variables,
-    }
-    return subprocess.run([*command, WORKER, mode, out], env=environment, capture_output=True, text=True, timeout=300)
+    return torchrun(WORKER, processes, mode, out, **variables)
 
 
 @pytest.fixture(scope="module")
 def parity(tmp_path_factory):
-    """All layouts, each after the other: 1, 2 and 4 processes; those of two train for 20 steps."""
-    folder = tmp_path_factory.mktemp("matrix")
-    results = {}
-    for processes, steps in ((1, 5), (2, 20), (4, 5)):
-        results |= matrix.launch(folder / "out.json", folder, processes, steps)
+    results = matrix.everything(tmp_path_factory.mktemp("matrix"))
     print(matrix.table(results))
     return results
 

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from benchmarks.memory import SMALL, paper_network, planned_over_measured, table
+from benchmarks.memory import PAPER, SMALL, planned_over_measured, table
+from benchmarks.training import network
 from inference.config import ModelConfig
 from parallel.memory import Memory, estimate, parameters
 from parallel.setup import ParallelConfig
@@ -12,7 +13,7 @@ from tokenizer.errors import UserError
 from tokenizer.scales import ScaleSchedule
 
 BF16 = ParallelConfig(precision="bfloat16")
-LONG = paper_network("4B", ScaleSchedule.for_grid(24, 42, 12), 17)
+LONG = network(PAPER["4B"], ScaleSchedule.for_grid(24, 42, 12), 17)
 
 
 def plan(parallel: ParallelConfig, world: int, model: ModelConfig = LONG, clips: int = 1, **changes: bool) -> Memory:
@@ -28,7 +29,7 @@ def test_a_real_step_takes_what_was_planned(recompute):
 
 def test_the_paper_s_sizes_have_the_paper_s_numbers_of_weights():
     for size, billions in (("L", 0.91), ("XL", 2.15), ("4B", 3.78)):
-        model = paper_network(size, ScaleSchedule.square(8, 6), 5)
+        model = network(PAPER[size], ScaleSchedule.square(8, 6), 5)
         assert parameters(model, ParallelConfig(), 0) / 1e9 == pytest.approx(billions, rel=0.02)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from parallel.ema import Ema
 from parallel.frame_attention import Visibility
 from parallel.layers import RMSNorm, swiglu, transformer_config, use_transformer_engine
 from parallel.saving import Saver
-from parallel.setup import ParallelConfig, check_layout, destroy, initialize, make_deterministic
-from parallel.train_step import Microbatch, build_model, build_optimizer, forward_backward, update
+from parallel.setup import ParallelConfig, check_layout, make_deterministic
+from parallel.train_step import build_model, build_optimizer, forward_backward, update
+from tests.parallel.single import loss, random_clips
 from tokenizer.errors import UserError
 
 MODEL = ModelConfig(
@@ -28,23 +30,7 @@ MODEL = ModelConfig(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def info():
-    yield initialize(ParallelConfig(), 0)
-    destroy()
-
-
-def clips(seed: int, number: int = 2) -> Microbatch:
-    draw = torch.Generator().manual_seed(seed)
-    layout = MODEL.layout()
-    inputs = torch.randn(number, layout.video_tokens, MODEL.bits, generator=draw)
-    text = torch.randn(number, 4, 6, generator=draw)
-    return Microbatch(inputs, layout, text, torch.arange(1, number + 1), targets=(inputs > 0).float())
-
-
-def loss(logits, of):
-    each = (logits - of.targets).square().mean((1, 2))
-    return each.sum(), torch.tensor(len(each)), {}
+clips = partial(random_clips, MODEL)
 
 
 def gradients(chunks):

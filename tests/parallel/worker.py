@@ -5,7 +5,6 @@ torchrun --nproc-per-node 2 worker.py checkpoints|killed|full OUT
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import resource
 import signal
@@ -14,80 +13,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from megatron.core import parallel_state
 
-from inference.config import ModelConfig
 from parallel import checkpoint, saving
 from parallel.convert import gather_reference
 from parallel.ema import Ema
 from parallel.saving import Saver
-from parallel.setup import ParallelConfig, ProcessInfo, destroy, initialize
-from parallel.train_step import Microbatch, build_model, build_optimizer, forward_backward, update
+from parallel.setup import ParallelConfig, destroy, initialize
+from parallel.train_step import build_model, build_optimizer, forward_backward, update
+from tests.parallel.matrix import SEED, TEXT, leave_layout, loss, share
 from tokenizer.errors import UserError
 
-SEED, LR, DECAY, MICROBATCHES = 3, 1e-2, 0.1, 4
-GRIDS = ((1, 1), (2, 2), (3, 3))
-TEXT = ModelConfig(
-    num_layers=2, hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, scales=GRIDS, num_frames=3, bits=8,
-    text_dim=12, max_text_length=5,
-)  # fmt: skip
-DEEP = dataclasses.replace(TEXT, num_layers=4)
+LR, DECAY = 1e-2, 0.1
 VIRTUAL = ParallelConfig(pipeline_parallel_size=2, virtual_pipeline_size=2)
-
-
-def batch(config: ModelConfig, multiple: int, clips: slice, index: int = 0) -> Microbatch:
-    """Clips `clips` of the four of microbatch `index`: unequal texts, hidden frames, dropped conditions."""
-    layout = config.layout(multiple=multiple)
-    draw = torch.Generator().manual_seed(100 + index)
-    video, frames = layout.video_tokens, config.num_frames
-    text, lengths = torch.randn(4, 5, config.text_dim, generator=draw), torch.tensor([1, 5, 3, 4])
-    whole = {
-        "inputs": torch.randn(4, video, config.bits, generator=draw),
-        "text": text,
-        "text_lengths": lengths,
-        "frame_mask": torch.rand(4, frames, frames, generator=draw) > 0.5,
-        "drop_condition": torch.tensor([False, True, False, True]),
-        "targets": torch.randint(0, 2, (4, video, config.bits), generator=draw).float(),
-    }
-    return Microbatch(layout=layout, **{name: value[clips] for name, value in whole.items()})
-
-
-def loss(logits: torch.Tensor, of: Microbatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Binary cross-entropy over the target tokens, summed over clips."""
-    target = of.layout.target
-    each = F.binary_cross_entropy_with_logits(logits[:, target], of.targets[:, target], reduction="none").mean((1, 2))
-    return each.sum(), torch.tensor(len(each)), {"twice": 2 * each.detach().sum()}
-
-
-def microbatches(config: ModelConfig, parallel: ParallelConfig, info: ProcessInfo) -> list[Microbatch]:
-    """This data-parallel rank's share of four microbatches of four clips: enough for a pipeline's steady phase."""
-    share = 4 // info.data_parallel_size
-    clips = slice(info.data_parallel_rank * share, (info.data_parallel_rank + 1) * share)
-    return [batch(config, parallel.sequence_multiple, clips, index) for index in range(MICROBATCHES)]
 
 
 def train(parallel: ParallelConfig, folder: Path, load: Path | None, steps: int, save: int | None) -> dict[str, Any]:
     """Trains from a checkpoint or from the start; saves after the steps."""
     info = initialize(parallel, SEED)
-    chunks = build_model(DEEP, parallel, info, seed=SEED if load is None else None)
+    chunks = build_model(TEXT, parallel, info, seed=SEED if load is None else None)
     optimizer, ema = build_optimizer(chunks, LR, DECAY), Ema(chunks, 0.9)
     position = -1
     if load is not None:
         # used moments must be overwritten by the loaded ones, too
-        forward_backward(chunks, microbatches(DEEP, parallel, info), loss)
+        forward_backward(chunks, share(TEXT, parallel, info, 0), loss)
         update(optimizer, LR)
         position = checkpoint.load(load, chunks, optimizer, ema)["position"]
     begin = gather_reference(chunks) | means(chunks, ema)
     losses, norms = [], []
     for _ in range(steps):
-        losses.append(forward_backward(chunks, microbatches(DEEP, parallel, info), loss).loss)
+        losses.append(forward_backward(chunks, share(TEXT, parallel, info, 0), loss).loss)
         norms.append(update(optimizer, LR))
         ema.update()
     if save is not None:
         Saver(folder).save(save, chunks, optimizer, {"position": 17}, ema)
     end = gather_reference(chunks) | means(chunks, ema)
-    parallel_state.destroy_model_parallel()
+    leave_layout()
     return {"losses": losses, "norms": norms, "begin": begin, "end": end, "position": position}
 
 
@@ -121,7 +81,7 @@ def one_step(out: Path) -> tuple[Saver, list[Any], Any]:
     info = initialize(ParallelConfig(), SEED)
     chunks = build_model(TEXT, ParallelConfig(), info, seed=SEED)
     optimizer, saver = build_optimizer(chunks, LR), Saver(out)
-    forward_backward(chunks, microbatches(TEXT, ParallelConfig(), info), loss)
+    forward_backward(chunks, share(TEXT, ParallelConfig(), info, 0), loss)
     update(optimizer, LR)
     saver.save(1, chunks, optimizer, {})
     return saver, chunks, optimizer
