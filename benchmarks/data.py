@@ -30,7 +30,6 @@ import av
 import numpy as np
 import torch
 from streaming import MDSWriter
-from streaming.base.util import merge_index
 
 from benchmarks.report import hardware, report
 from benchmarks.timing import best, by_turns
@@ -42,6 +41,7 @@ from data_pipelines.codes import MANIFEST, Manifest, columns, to_record
 from data_pipelines.encode import EncodeConfig, encode, make_job
 from data_pipelines.moving_shapes import write_corpus
 from data_pipelines.random_access import HASH, ShardFolder
+from data_pipelines.shard_index import merge_indexes
 from data_pipelines.shard_part import ShardsConfig
 from data_pipelines.shards import write_shards
 from parallel.setup import ParallelConfig, destroy, initialize
@@ -105,7 +105,7 @@ def code_loader(folder: Path, cores: int, repeat: int) -> dict[str, float]:
         raw = {"caption": f"clip number {number}", "source": f"{number}.mp4", "class_id": -1}
         writer.write(to_record(tokens, None, text, raw))
     writer.finish()
-    merge_index([str(folder / "00000" / "index.json")], str(folder))
+    merge_indexes(folder, ["00000"])
     manifest = Manifest(
         fingerprint="0" * 16, schedule=schedule.to_list(), num_frames=FRAMES, dim=BITS, clip_frames=CLIP, height=128, width=128,
         fps=8.0, text_encoder="bytes", text_fingerprint="bytes", text_dim=TEXT_WIDTH, has_latents=False, rows=rows, dead=0, classes=[],

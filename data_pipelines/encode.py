@@ -14,18 +14,16 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-from streaming.base.util import merge_index
 
 from data_pipelines.codes import MANIFEST, Manifest
 from data_pipelines.encode_worker import TEMPORARY, Job, Task, Variant, shard_receipt
 from data_pipelines.random_access import ShardFolder
+from data_pipelines.shard_index import merge_indexes
 from data_pipelines.shards import read_shards_receipt
 from tokenizer import UserError, VideoTokenizer
-from tokenizer.files import sync
+from tokenizer.files import write_whole
 from tokenizer.text import text_encoder
 
 JOB = "job.json"
@@ -177,7 +175,7 @@ def _claim(folder: Path, job: Job) -> bool:
                 f"{folder} exists and was not written by `videoar encode`: name another --out, or move it away."
             )
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / JOB, json.dumps(asdict(job), indent=1, sort_keys=True))
+        write_whole(folder / JOB, json.dumps(asdict(job), indent=1, sort_keys=True))
     content = json.loads((folder / JOB).read_text())
     differing = sorted(key for key, value in asdict(job).items() if content.get(key) != value)
     if differing:
@@ -203,17 +201,13 @@ def _finish(folder: Path, job: Job, raw: ShardFolder, classes: list[str], tokeni
             )
         receipts.append(receipt)
     letters = [{"shard": receipt["shard"], **letter} for receipt in receipts for letter in receipt["dead"]]
-    _write(folder / DEAD_LETTERS, "".join(json.dumps(letter, sort_keys=True) + "\n" for letter in letters))
+    write_whole(folder / DEAD_LETTERS, "".join(json.dumps(letter, sort_keys=True) + "\n" for letter in letters))
     rows_out = sum(receipt["rows_out"] for receipt in receipts)
     if not rows_out:
         raise UserError(
             f"none of the {len(raw)} clips of {raw.path} could be encoded at {job.variant}: the reasons are in {folder / DEAD_LETTERS}."
         )
-    merged = folder / TEMPORARY / f"index.{uuid.uuid4().hex}"
-    merged.mkdir(parents=True)
-    merge_index([str(folder / f"{shard:05d}" / "index.json") for shard in range(len(receipts))], str(merged))
-    os.replace(merged / "index.json", folder / "index.json")
-    sync(folder / "index.json")
+    merge_indexes(folder, [f"{shard:05d}" for shard in range(len(receipts))])
     manifest = Manifest(
         fingerprint=job.fingerprint,
         schedule=tokenizer.schedule_for(variant.height, variant.width).to_list(),
@@ -231,12 +225,5 @@ def _finish(folder: Path, job: Job, raw: ShardFolder, classes: list[str], tokeni
         dead=len(letters),
         classes=classes,
     )
-    _write(folder / MANIFEST, manifest.to_json())
+    write_whole(folder / MANIFEST, manifest.to_json())
     shutil.rmtree(folder / TEMPORARY, ignore_errors=True)
-
-
-def _write(file: Path, content: str) -> None:
-    part = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    part.write_text(content)
-    sync(part)
-    os.replace(part, file)

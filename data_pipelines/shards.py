@@ -37,10 +37,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.shard_index import merge_indexes
 from data_pipelines.shard_part import AT, DONE, FAILED, ShardsConfig, beside, write_part
 from data_pipelines.sources import Source, find_sources, fingerprint
 from tokenizer.errors import UserError
-from tokenizer.files import sync
+from tokenizer.files import sync, write_whole
 from tokenizer.progress import Meter
 from tokenizer.receipts import RECEIPT, finished, read_receipt
 
@@ -74,25 +75,26 @@ def write_shards(videos: Path, out: Path, options: ShardsConfig | None = None) -
     if (receipt := finished(out, arguments)) is not None:
         return receipt
     parts = [sources[start : start + options.part_files] for start in range(0, len(sources), options.part_files)]
-    with _unfinished(out, arguments) as folder:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.with_name(f"{out.name}.unfinished")
+    with _alone(out.with_name(f"{folder.name}.lock"), out):
         if (receipt := finished(out, arguments)) is not None:  # by a run that this one has waited for
             return receipt
-        if read_receipt(folder) is None:
+        _begin(folder, arguments)
+        if (receipt := read_receipt(folder)) is None:
             _write_parts(parts, folder, options)
-            _merge(videos, folder, len(parts), options, {"arguments": arguments}, classes)
+            receipt = {"arguments": arguments, **_merge(videos, folder, len(parts), options), "classes": classes}
+            write_whole(folder / RECEIPT, json.dumps(receipt, indent=1))
+            sync(folder)
         if out.exists():
             out.rmdir()  # an empty one
         folder.rename(out)
         sync(out.parent)
-    receipt = read_receipt(out)
-    assert receipt is not None
     return receipt
 
 
-def _merge(
-    videos: Path, folder: Path, parts: int, options: ShardsConfig, receipt: dict[str, Any], classes: list[str]
-) -> None:
-    """Makes a whole out of parts: index, list of rejected files, and last the receipt."""
+def _merge(videos: Path, folder: Path, parts: int, options: ShardsConfig) -> dict[str, Any]:
+    """Writes what is common to all parts, index and list of rejected files, and returns their counts."""
     done = [json.loads((folder / _name(part) / DONE).read_text()) for part in range(parts)]
     rejected = [entry for part in done for entry in part["rejected"]]
     reasons = Counter(entry["reason"].split(" (")[0] for entry in rejected)
@@ -105,31 +107,10 @@ def _merge(
         )
     for left in folder.glob(".*"):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
-    (folder / "rejected.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in rejected))
-    index: dict[str, Any] = {"version": 2, "shards": []}
-    for part, found in enumerate(done):
-        shards = json.loads((folder / _name(part) / "index.json").read_text())["shards"] if found["rows"] else []
-        assert sum(shard["samples"] for shard in shards) == found["rows"]
-        for shard in shards:
-            for data in (shard["raw_data"], shard["zip_data"]):
-                if data is not None:
-                    data["basename"] = f"{_name(part)}/{data['basename']}"
-        index["shards"] += shards
-    (folder / "index.json").write_text(json.dumps(index, sort_keys=True))
-    receipt |= {
-        "clips": clips,
-        "shards": len(index["shards"]),
-        "rejected": len(rejected),
-        "reasons": dict(reasons),
-        "classes": classes,
-    }
-    for name in ("index.json", "rejected.jsonl"):
-        sync(folder / name)
-    unfinished = folder / f".{RECEIPT}"
-    unfinished.write_text(json.dumps(receipt, indent=1))
-    sync(unfinished)
-    unfinished.rename(folder / RECEIPT)
-    sync(folder)
+    write_whole(folder / "rejected.jsonl", "".join(json.dumps(entry) + "\n" for entry in rejected))
+    shards = merge_indexes(folder, [_name(part) for part, found in enumerate(done) if found["rows"]])
+    assert sum(shard["samples"] for shard in shards) == clips
+    return {"clips": clips, "shards": len(shards), "rejected": len(rejected), "reasons": dict(reasons)}
 
 
 def read_shards_receipt(shards: Path) -> dict[str, Any]:
@@ -144,25 +125,20 @@ def read_shards_receipt(shards: Path) -> dict[str, Any]:
     return receipt
 
 
-@contextmanager
-def _unfinished(out: Path, arguments: dict[str, Any]) -> Iterator[Path]:
-    """The folder that an earlier run with these arguments has left, or a new one; for one run at a time."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.with_name(f"{out.name}.unfinished")
-    with _alone(out.with_name(f"{folder.name}.lock"), out):
-        file, wanted = folder / ARGUMENTS, json.dumps(arguments, sort_keys=True)
-        if folder.exists() and not file.is_file():
-            raise UserError(f"{folder} exists and was not written by this command: move it away.")
-        if folder.exists() and file.read_text() != wanted:
-            print(f"{folder} was begun with other files or settings: all parts are packed again", file=sys.stderr)
-            shutil.rmtree(folder)
-        if not folder.exists():
-            new = out.with_name(f"{folder.name}.new")
-            shutil.rmtree(new, ignore_errors=True)
-            new.mkdir()
-            (new / ARGUMENTS).write_text(wanted)
-            new.rename(folder)
-        yield folder
+def _begin(folder: Path, arguments: dict[str, Any]) -> None:
+    """Takes the folder that an earlier run with these arguments has left, or makes a new one."""
+    file, wanted = folder / ARGUMENTS, json.dumps(arguments, sort_keys=True)
+    if folder.exists() and not file.is_file():
+        raise UserError(f"{folder} exists and was not written by this command: move it away.")
+    if folder.exists() and file.read_text() != wanted:
+        print(f"{folder} was begun with other files or settings: all parts are packed again", file=sys.stderr)
+        shutil.rmtree(folder)
+    if not folder.exists():
+        new = folder.with_name(f"{folder.name}.new")
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        (new / ARGUMENTS).write_text(wanted)
+        new.rename(folder)
 
 
 @contextmanager

@@ -6,9 +6,7 @@ videoar report --run runs/demo
 from __future__ import annotations
 
 import json
-import os
 import sys
-import uuid
 from html import escape
 from pathlib import Path
 from string import Template
@@ -21,6 +19,7 @@ from evaluation.plots import phases, pretrain_plots, roman, stages, tokenizer_pl
 from evaluation.shapes import ATTRIBUTES
 from evaluation.sheet import write_sheet
 from tokenizer.errors import UserError
+from tokenizer.files import write_whole
 
 __all__ = ["build_metrics", "write_report"]
 
@@ -65,8 +64,8 @@ def write_report(run_dir: str | Path, given_frames: int | None = None) -> Path:
         links=links,
         sections="\n".join(part.html for part in sections),
     )
-    _write(run.path / "metrics.json", json.dumps(metrics, indent=2))
-    _write(run.path / "report.html", page)
+    write_whole(run.path / "metrics.json", json.dumps(metrics, indent=2))
+    write_whole(run.path / "report.html", page)
     prompts = run.path / "samples" / "prompts" / "prompts.csv"
     if prompts.exists():
         try:
@@ -226,15 +225,3 @@ def _machine(metrics: dict[str, Any]) -> Section:
     }
     rows = "".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items())
     return section("machine", "Machine", f'<dl class="facts">{rows}</dl>')
-
-
-def _write(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)

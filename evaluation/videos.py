@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from evaluation.media import read_video
 from evaluation.shapes import score
 from tokenizer.errors import UserError
+from tokenizer.files import write_whole
 from tokenizer.progress import track
 
 
@@ -63,7 +63,5 @@ def score_videos(table: Path, out: Path | None = None) -> dict[str, Any]:
         raise UserError(f"no video of {table} can be read (the first: {unreadable[0]}).")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(result, indent=2))
-        os.replace(temporary, out)
+        write_whole(out, json.dumps(result, indent=2))
     return result

@@ -122,9 +122,8 @@ def _stage(
         flying = min(2 * (pipeline - stage - 1) + (virtual - 1) * pipeline + 1, microbatches * virtual)
     held = layers.kept * (model.num_layers // (pipeline * virtual)) * flying + layers.angles * flying
     if stage == pipeline - 1:
-        held += (
-            clips * layout.video_tokens * model.bits * (element + 2 * FLOAT32)
-        )  # logits in two precisions, and a gradient
+        # logits in two precisions, and a gradient
+        held += clips * layout.video_tokens * model.bits * (element + 2 * FLOAT32)
     return Memory(
         parameters=count * element,
         gradients=count * FLOAT32,

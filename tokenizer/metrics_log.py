@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from tokenizer.files import write_whole
 
 TRIES, PAUSE = 10, 2.0
 """How often, and after how many seconds each, a start of Weights & Biases is tried."""
@@ -104,6 +105,4 @@ def _drop_after(file: Path, finished: int, key: str) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError):  # a line that a kill cut short
             continue
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text("".join(kept))
-    temporary.replace(file)
+    write_whole(file, "".join(kept))

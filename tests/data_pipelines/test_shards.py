@@ -244,6 +244,17 @@ def test_what_another_run_has_left_is_not_mixed_in(corpus, tmp_path, monkeypatch
             write_shards(corpus / "clips.csv", tmp_path / "busy", SMALL_PARTS)
 
 
+def test_two_runs_at_once_make_one_folder(corpus, tmp_path):
+    arguments = (corpus / "clips.csv", tmp_path / "out", SMALL_PARTS)
+    runs = [multiprocessing.get_context("fork").Process(target=write_shards, args=arguments) for _ in range(2)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(60)
+    assert [run.exitcode for run in runs] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and len(ShardFolder(tmp_path / "out")) == 5
+
+
 def test_a_run_that_was_killed_just_before_its_end_only_needs_its_name(corpus, tmp_path):
     receipt = write_shards(corpus / "clips.csv", tmp_path / "out", SMALL_PARTS)
     (tmp_path / "out").rename(tmp_path / "out.unfinished")
