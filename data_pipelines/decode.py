@@ -13,10 +13,12 @@ import av.container
 import numpy as np
 
 from tokenizer.errors import UserError
-from tokenizer.frames import TOLERANCE, FrameClock, only_video_stream, to_array
+from tokenizer.frames import TOLERANCE, FrameClock, Scaler, only_video_stream
 
 logger = logging.getLogger(__name__)
 
+OPENING = {"skip_frame": "all"}
+"""For FFmpeg while it looks at a file's streams: it would decode the first frame to learn what decoding shows anyway."""
 SEEK_FROM = 2.0  # seconds: decoding from the start is faster for earlier frames
 
 
@@ -69,36 +71,50 @@ class PyAVDecoder:
         wanted = np.asarray(times, dtype=np.float64)
         if wanted.size == 0 or (np.diff(wanted) < 0).any():
             raise ValueError("times must be ascending and at least one")
+        planes = np.empty((3, len(wanted), height, width), dtype=np.uint8)
         try:
             for seek in (True, False) if wanted[0] > SEEK_FROM else (False,):
-                frames = self._pick(video, wanted, seek)
-                if frames is not None:
-                    return np.stack([to_array(frame, height, width) for frame in frames])
+                if self._fill(planes, video, wanted, seek):
+                    return planes.transpose(1, 2, 3, 0)  # [T, H, W, 3]
         except (av.FFmpegError, ValueError, EOFError) as error:
             raise DecodeError(f"decoding failed: {error}") from error
         raise DecodeError(f"the first frame comes after {wanted[0]:.3f} s")
 
-    def _pick(self, video: bytes, wanted: np.ndarray, seek: bool) -> list[av.VideoFrame] | None:
-        """The frames at the wanted times; None if decoding started too late to know the first one."""
-        picked: list[av.VideoFrame] = []
+    def _fill(self, planes: np.ndarray, video: bytes, wanted: np.ndarray, seek: bool) -> bool:
+        """Writes the frames at the wanted times to [3, T, H, W]; False if decoding started too late to know the first one."""
+        scale, moments = Scaler(*planes.shape[2:]), wanted.tolist()
+        filled = 0
         shown: av.VideoFrame | None = None
         time = -math.inf
-        with av.open(io.BytesIO(video), "r") as container:
+
+        def fill(frame: av.VideoFrame, until: float) -> int:
+            # at once, while it is in the processor's cache, and so that the decoder gets its memory back
+            stop = filled
+            while stop < len(moments) and moments[stop] < until - TOLERANCE:
+                stop += 1
+            if stop > filled:
+                scale(frame, planes[:, filled])
+                if stop > filled + 1:
+                    planes[:, filled + 1 : stop] = planes[:, filled : filled + 1]
+            return stop
+
+        with av.open(io.BytesIO(video), "r", options=OPENING) as container:
             for time, frame in _frames(container, float(wanted[0]) if seek else None):
                 if shown is None and time > wanted[0] + TOLERANCE:
                     if seek:
-                        return None
+                        return False
                     shown = frame  # nothing comes before the file's first frame
-                while len(picked) < len(wanted) and time > wanted[len(picked)] + TOLERANCE and shown is not None:
-                    picked.append(shown)
-                if len(picked) == len(wanted):
-                    return picked
+                if shown is not None:
+                    filled = fill(shown, time)
+                if filled == len(wanted):
+                    return True
                 shown = frame
         if shown is None or wanted[-1] > time + TOLERANCE:
             if seek:
-                return None
+                return False
             raise DecodeError(f"the video ends at {time:.3f} s, {wanted[-1]:.3f} s was wanted")
-        return picked + [shown] * (len(wanted) - len(picked))
+        fill(shown, math.inf)
+        return True
 
 
 def _frames(container: av.container.InputContainer, start: float | None) -> Iterator[tuple[float, av.VideoFrame]]:
