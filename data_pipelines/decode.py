@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import logging
 import math
@@ -11,6 +12,7 @@ from typing import Protocol
 import av
 import av.container
 import numpy as np
+import torch
 
 from tokenizer.errors import UserError
 from tokenizer.frames import TOLERANCE, FrameClock, Scaler, only_video_stream
@@ -29,7 +31,9 @@ class DecodeError(Exception):
 class Decoder(Protocol):
     """Decodes videos; threads may share one."""
 
-    def decode(self, video: bytes, times: Sequence[float] | np.ndarray, height: int, width: int) -> np.ndarray:
+    def decode(
+        self, video: bytes, times: Sequence[float] | np.ndarray, height: int, width: int, rotation: int = 0
+    ) -> np.ndarray:
         """The frames that are on screen at the wanted times.
 
         Args:
@@ -37,6 +41,7 @@ class Decoder(Protocol):
             times: seconds on the container's own clock, ascending; each takes the last frame at or before it.
             height, width: of the result. Frames are turned upright, scaled (with antialiasing, aspect ratio kept) until
                 they cover this size, and cropped at the centre.
+            rotation: degrees counter-clockwise that turn a decoded frame upright, for back ends that do not find it in the file.
 
         Returns:
             uint8 [len(times), height, width, 3], RGB.
@@ -51,23 +56,38 @@ def choose_decoder(name: str = "auto") -> Decoder:
     """The one place where a back end is chosen.
 
     Args:
-        name: "pyav" (FFmpeg on the CPU), or "auto".
+        name: "pyav" (FFmpeg on the CPU); "dali" (on this process's GPU, without one DALI's CPU operators; files that it can't decode are
+            errors); or "auto": DALI where there is a GPU and DALI is installed, and PyAV for what it can't decode, else PyAV.
 
     Raises:
-        UserError: there is no such back end.
+        UserError: there is no such back end, or it is not installed.
     """
-    if name not in ("auto", "pyav"):
-        raise UserError(f"there is no video decoder '{name}': choose 'auto' or 'pyav'.")
-    logger.info(
-        "video decoder: PyAV %s on the CPU (%s)", av.__version__, "the default" if name == "auto" else "as asked"
-    )
+    if name not in ("auto", "pyav", "dali"):
+        raise UserError(f"there is no video decoder '{name}': choose 'auto', 'pyav' or 'dali'.")
+    device = "cuda" if name != "pyav" and torch.cuda.is_available() else "cpu"
+    installed = importlib.util.find_spec("nvidia.dali") is not None
+    if name == "dali" and not installed:
+        raise UserError("the decoder 'dali' needs NVIDIA DALI: install requirements.txt, or choose 'pyav'.")
+    if name == "dali" or (name == "auto" and device == "cuda" and installed):
+        from data_pipelines.dali_decoder import DALIDecoder
+
+        fallback = PyAVDecoder() if name == "auto" else None
+        where = "the GPU" if device == "cuda" else "the CPU"
+        logger.info(
+            "video decoder: NVIDIA DALI on %s (%s)", where, "as asked" if fallback is None else "there is a GPU"
+        )
+        return DALIDecoder(device, fallback)
+    why = "as asked" if name == "pyav" else "there is no GPU" if installed else "DALI is not installed"
+    logger.info("video decoder: PyAV %s on the CPU (%s)", av.__version__, why)
     return PyAVDecoder()
 
 
 class PyAVDecoder:
     """FFmpeg's software decoders: every codec, on any machine, exact to the frame."""
 
-    def decode(self, video: bytes, times: Sequence[float] | np.ndarray, height: int, width: int) -> np.ndarray:
+    def decode(
+        self, video: bytes, times: Sequence[float] | np.ndarray, height: int, width: int, rotation: int = 0
+    ) -> np.ndarray:
         wanted = np.asarray(times, dtype=np.float64)
         if wanted.size == 0 or (np.diff(wanted) < 0).any():
             raise ValueError("times must be ascending and at least one")

@@ -37,14 +37,16 @@ def training_clips(
         )
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     spec = config.largest
-    source = open_clips(shards, spec.num_frames, spec.size)
+    source = open_clips(shards, spec.num_frames, spec.size, config.decoder)
     everything = ClipBatches(source, config.seed)
     train, held_out = split_clips(len(everything), 0.0 if validation else config.validation_share, config.seed)
     batches = ClipBatches(source, config.seed, rank, size, workers, train)
     if not config.validate_every:
         return batches, None
     if validation is not None:
-        others = ClipBatches(open_clips(validation, spec.num_frames, spec.size), config.seed, workers=workers)
+        others = ClipBatches(
+            open_clips(validation, spec.num_frames, spec.size, config.decoder), config.seed, workers=workers
+        )
     elif len(held_out):
         others = ClipBatches(source, config.seed, workers=workers, indices=held_out)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from tokenizer.clip_shape import check_clip_shape
 from tokenizer.data_parallel import Strategy
@@ -87,6 +88,7 @@ class TokenizerTrainConfig:
         recompute: residual blocks are computed again in the backward pass, which saves memory.
         compile: encoder and decoder run through torch.compile.
         strategy: of several processes: "ddp", or "fsdp2", which shards the tokenizer.
+        decoder: of the clips: "pyav", "dali", or "auto" (DALI where there is a GPU and DALI is installed).
         seed: of weights, batches and the split into training and validation clips.
         validation_share: of the clips, taken out of the training by the seed, where no validation shards are given.
         validation_clips: the most that a validation decodes.
@@ -113,6 +115,7 @@ class TokenizerTrainConfig:
     recompute: bool = False
     compile: bool = False
     strategy: Strategy = "ddp"
+    decoder: Literal["auto", "pyav", "dali"] = "auto"
     seed: int = 0
     validation_share: float = 0.0
     validation_clips: int = 64

@@ -36,6 +36,8 @@ def write_video(
         stream = container.add_stream(codec, rate=fps)
         stream.height, stream.width, stream.pix_fmt = images.shape[1], images.shape[2], "yuv420p"
         stream.codec_context.gop_size = gop
+        if codec == "mjpeg":
+            stream.pix_fmt = "yuvj420p"
         if codec == "libx264":
             stream.options = {"crf": "4", "preset": "veryfast"}
         if times is not None:
