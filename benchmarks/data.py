@@ -37,7 +37,7 @@ from benchmarks.training import BITS, Training, clips, network
 from data_pipelines import encode_worker
 from data_pipelines.clips import ClipDataset
 from data_pipelines.code_stream import CodeStream, Source
-from data_pipelines.codes import MANIFEST, Manifest, columns, to_record
+from data_pipelines.codes import MANIFEST, Bucket, Manifest, columns, to_record
 from data_pipelines.encode import EncodeConfig, encode, make_job
 from data_pipelines.moving_shapes import write_corpus
 from data_pipelines.random_access import HASH, ShardFolder
@@ -107,8 +107,8 @@ def code_loader(folder: Path, cores: int, repeat: int) -> dict[str, float]:
     writer.finish()
     merge_indexes(folder, ["00000"])
     manifest = Manifest(
-        fingerprint="0" * 16, schedule=schedule.to_list(), num_frames=FRAMES, dim=BITS, clip_frames=CLIP, height=128, width=128,
-        fps=8.0, text_encoder="bytes", text_fingerprint="bytes", text_dim=TEXT_WIDTH, has_latents=False, rows=rows, dead=0, classes=[],
+        fingerprint="0" * 16, buckets=[Bucket(128, 128, CLIP, schedule.to_list(), rows, 1)], dim=BITS, fps=8.0, text_encoder="bytes",
+        text_fingerprint="bytes", text_dim=TEXT_WIDTH, has_latents=False, dead=0,
     )  # fmt: skip
     (folder / MANIFEST).write_text(manifest.to_json())
     text_bytes = rows * 8 * TEXT_WIDTH * 2

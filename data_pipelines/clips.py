@@ -1,4 +1,4 @@
-"""Raw shards -> decoded clips: which moments of a video a clip shows, and batches of clips for the tokenizer."""
+"""Raw shards -> decoded clips, and batches of them for the tokenizer."""
 
 from __future__ import annotations
 
@@ -8,78 +8,21 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from data_pipelines.decode import TOLERANCE, DecodeError, Decoder, choose_decoder
+from data_pipelines.decode import DecodeError, Decoder, choose_decoder
 from data_pipelines.random_access import ShardFolder
-from tokenizer.clip_shape import check_clip_shape, check_num_frames
+from data_pipelines.sampling import Start, sample_times
+from tokenizer.clip_shape import check_clip_shape
 from tokenizer.errors import UserError
 from tokenizer.pixels import from_pixels
 from tokenizer.progress import track
 from tokenizer.train_config import BatchSpec
-
-Start = Literal["centre", "random"]
-
-
-class ClipTooShort(DecodeError):
-    """A video does not last as long as the clip that was asked for."""
-
-
-def sample_times(
-    timestamps: np.ndarray,
-    fps: float | None,
-    num_frames: int,
-    start: Start = "centre",
-    generator: np.random.Generator | None = None,
-) -> np.ndarray:
-    """The moments that a clip shows.
-
-    A clip starts at one of the video's own frames; by timestamps, because the average rate means nothing where frames are
-    not evenly spaced.
-
-    Args:
-        timestamps: seconds of all frames of the video, ascending, [frames].
-        fps: frames a second of the clip; None: every frame of the video.
-        num_frames: 1+4n.
-        start: "centre" (the clip's middle is the video's) or "random" (any start that fits).
-        generator: for "random".
-
-    Returns:
-        float64 [num_frames], seconds on the video's clock.
-
-    Raises:
-        UserError: `num_frames` is not 1+4n, or the rate is not positive.
-        ClipTooShort: the video ends before the clip.
-    """
-    check_num_frames(num_frames)
-    if fps is not None and fps <= 0:
-        raise UserError(f"a rate of {fps} frames a second is impossible: give a positive one.")
-    if fps is None:
-        starts = len(timestamps) - num_frames + 1
-    else:
-        span = (num_frames - 1) / fps
-        starts = int(np.searchsorted(timestamps, timestamps[-1] - span + TOLERANCE, side="right"))
-    if starts < 1:
-        rate = "" if fps is None else f" at {fps:g} frames a second"
-        raise ClipTooShort(f"{len(timestamps)} frames are too few for {num_frames}{rate}")
-    if start == "random":
-        if generator is None:
-            raise ValueError("a random start needs a generator")
-        first = int(generator.integers(starts))
-    elif fps is None:
-        first = (starts - 1) // 2
-    else:
-        middle = (timestamps[0] + timestamps[starts - 1]) / 2
-        first = int(np.searchsorted(timestamps[:starts], middle + TOLERANCE, side="right")) - 1
-    if fps is None:
-        return np.asarray(timestamps[first : first + num_frames], dtype=np.float64)
-    # the last moment may lie a rounding error past the last frame
-    return np.minimum(timestamps[first] + np.arange(num_frames) / fps, timestamps[-1])
 
 
 def read_clip(
@@ -103,7 +46,7 @@ def read_clip(
     """
     check_clip_shape(num_frames, height, width)
     times = sample_times(record["timestamps"], fps, num_frames, start, generator)
-    return decoder.decode(record["video"], times, height, width)
+    return decoder.decode(record["video"], times, height, width, record["rotation"])
 
 
 class ClipDataset(torch.utils.data.Dataset):
@@ -279,7 +222,9 @@ def load_clips(
     )
 
 
-def open_clips(shards: str | Path, num_frames: int, size: int, limit: float = 4e9) -> Clips | ClipDataset:
+def open_clips(
+    shards: str | Path, num_frames: int, size: int, decoder: str = "auto", limit: float = 4e9
+) -> Clips | ClipDataset:
     """The clips for a training: decoded once into memory where that loses nothing, else decoded as they are asked for.
 
     In memory are the middle `num_frames` of each video; where a video has more, other windows of it are worth training on, too.
@@ -287,6 +232,7 @@ def open_clips(shards: str | Path, num_frames: int, size: int, limit: float = 4e
     Args:
         shards: a folder of raw shards.
         num_frames, size: of the longest and largest clips wanted; videos that can't give them are skipped and listed.
+        decoder: see `choose_decoder`.
         limit: bytes of memory for decoded clips.
 
     Raises:
@@ -296,8 +242,8 @@ def open_clips(shards: str | Path, num_frames: int, size: int, limit: float = 4e
     folder = ShardFolder(shards)
     too_large = len(folder) * num_frames * size * size * 3 > limit
     if too_large or any(folder[row]["frames"] > num_frames for row in range(len(folder))):
-        return ClipDataset(shards, num_frames, size)
-    clips = load_clips(shards, num_frames, size)
+        return ClipDataset(shards, num_frames, size, decoder=decoder)
+    clips = load_clips(shards, num_frames, size, decoder=decoder)
     for source, reason in clips.dropped:
         print(f"skipped {source}: {reason}", file=sys.stderr)
     print(f"{len(clips.sources)} clips, {len(clips.dropped)} skipped", file=sys.stderr)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data_pipelines.codes import CodeDataset
+from data_pipelines.codes import CodeDataset, CodeFolder
 from tokenizer.codes import Codes
 from tokenizer.errors import UserError
 from tokenizer.scales import ScaleSchedule
@@ -45,6 +45,7 @@ class Source:
         proportion: its share of the steps, relative to the other sources'.
         cache: a local folder for the shards of a URL.
         batch_size: clips of a step over all data-parallel ranks; None: the stream's.
+        bucket: which of the folder's shapes; may be left out where there is one only.
     """
 
     path: str
@@ -52,6 +53,7 @@ class Source:
     proportion: float = 1.0
     cache: str | None = None
     batch_size: int | None = None
+    bucket: int | None = None
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,11 @@ class CodeStream:
                 )
         self.sources, self.rank, self.size = list(sources), rank, size
         self.seed, self.num_workers = seed, num_workers
-        self.datasets = [CodeDataset(s.path, fingerprint, s.num_latent_frames, s.cache) for s in sources]
+        places = {(source.path, source.cache) for source in sources}
+        folders = {(path, cache): CodeFolder(path, fingerprint, cache) for path, cache in sorted(places, key=str)}
+        self.datasets = [
+            CodeDataset(folders[s.path, s.cache], num_frames=s.num_latent_frames, bucket=s.bucket) for s in sources
+        ]
         widths = {dataset.manifest.text_dim for dataset in self.datasets}
         encoders = {dataset.manifest.text_fingerprint for dataset in self.datasets}
         if len(encoders) > 1 or len(widths) > 1:
@@ -242,7 +248,7 @@ class CodeStream:
             if not len(dataset):
                 raise UserError(f"{source.path} holds no clips: name other codes.")
         orders = [
-            ShuffledRows(dataset.shards.rows_per_shard, (seed, number), shards_per_window)
+            ShuffledRows(dataset.rows_per_shard, (seed, number), shards_per_window)
             for number, dataset in enumerate(self.datasets)
         ]
         self._batches = _Batches(self.datasets, orders, max_text_length)
@@ -303,7 +309,7 @@ class CodeStream:
                     "frames": source.num_latent_frames,
                     "proportion": source.proportion,
                     "rows": len(dataset),
-                    "shards": hashlib.sha256(dataset.shards.rows_per_shard.tobytes()).hexdigest()[:16],
+                    "shards": hashlib.sha256(dataset.rows_per_shard.tobytes()).hexdigest()[:16],
                 }
                 for source, dataset in zip(self.sources, self.datasets)
             ],

@@ -3,9 +3,9 @@
     videoar encode --shards shards/train --tokenizer runs/tokenizer --out codes --variants 32x32x17,64x64x17
     videoar encode ... --ray-address auto                  on a running Ray cluster with a shared file system
 
-Each variant becomes a folder of its own below `out`. One task is one raw shard at one size (`encode_worker`); this driver
-hands tasks to actors that are ready, re-queues the task of an actor that died, sets a row aside that killed its actor
-three times, and merges the indexes when all receipts add up. It holds no state that a restart would miss.
+Each variant becomes a folder of its own below `out`, with the clips of all its shapes. One task is one raw shard in one variant
+(`encode_worker`); this driver hands tasks to actors that are ready, re-queues the task of an actor that died, sets a row aside that
+killed its actor three times, and merges the indexes when all receipts add up. It holds no state that a restart would miss.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ import os
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
-from data_pipelines.codes import MANIFEST, Manifest
-from data_pipelines.encode_worker import TEMPORARY, Job, Task, Variant, shard_receipt
+from data_pipelines.codes import MANIFEST, Bucket, Manifest
+from data_pipelines.encode_worker import TEMPORARY, Job, Task, shard_receipt
 from data_pipelines.random_access import ShardFolder
 from data_pipelines.shard_index import merge_indexes
 from data_pipelines.shards import read_shards_receipt
+from data_pipelines.variants import Variant
 from tokenizer import UserError, VideoTokenizer
+from tokenizer.clip_shape import ClipShape
 from tokenizer.files import write_whole
 from tokenizer.text import text_encoder
 
@@ -38,11 +41,13 @@ class EncodeConfig:
         shards: folder of raw shards (`videoar shards`).
         tokenizer: folder of a trained tokenizer.
         out: where the code shards go, one folder a variant.
-        variants: sizes, each HEIGHTxWIDTHxFRAMES: a list, or a text with commas.
+        variants: shapes of the clips, each HEIGHTxWIDTHxFRAMES, or SIDExFRAMES at each clip's own aspect ratio; FRAMES may list lengths,
+            17+33+65. A list, or a text with commas.
         latents: store float16 latents too (eight times the size of the bits; makes re-quantised targets exact).
         text_encoder: "bytes", or "t5:" and a directory.
         text_dim: width of the text features.
         fps: rate that clips are sampled at; None: each video's own.
+        decoder: "pyav"; "dali"; or "auto", which is pyav on CPUs, and on GPUs DALI for what it can decode, where it is installed.
         batch_size: clips a tokenizer call.
         num_workers: Ray actors; 0: as many as the machine's cores or GPUs hold.
         threads: CPU threads of an actor.
@@ -58,6 +63,7 @@ class EncodeConfig:
     text_encoder: str = "bytes"
     text_dim: int = 64
     fps: float | None = None
+    decoder: Literal["auto", "pyav", "dali"] = "auto"
     batch_size: int = 8
     num_workers: int = 0
     threads: int = 1
@@ -162,6 +168,7 @@ def make_job(config: EncodeConfig, fingerprint: str, variant: str) -> Job:
         latents=config.latents,
         batch_size=config.batch_size,
         fps=config.fps,
+        decoder="pyav" if config.device == "cpu" and config.decoder == "auto" else config.decoder,
     )
 
 
@@ -186,7 +193,6 @@ def _claim(folder: Path, job: Job) -> bool:
 
 def _finish(folder: Path, job: Job, raw: ShardFolder, classes: list[str], tokenizer: VideoTokenizer) -> None:
     """Checks that all receipts add up, merges the indexes, and writes the manifest, which makes the folder whole."""
-    variant = Variant.parse(job.variant)
     receipts = []
     for shard, rows in enumerate(raw.rows_per_shard.tolist()):
         receipt = shard_receipt(folder, shard)
@@ -207,23 +213,40 @@ def _finish(folder: Path, job: Job, raw: ShardFolder, classes: list[str], tokeni
         raise UserError(
             f"none of the {len(raw)} clips of {raw.path} could be encoded at {job.variant}: the reasons are in {folder / DEAD_LETTERS}."
         )
-    merge_indexes(folder, [f"{shard:05d}" for shard in range(len(receipts))])
+    buckets = _merge(folder, receipts, tokenizer)
     manifest = Manifest(
         fingerprint=job.fingerprint,
-        schedule=tokenizer.schedule_for(variant.height, variant.width).to_list(),
-        num_frames=1 + (variant.frames - 1) // 4,
+        buckets=buckets,
         dim=tokenizer.quantizer.dim,
-        clip_frames=variant.frames,
-        height=variant.height,
-        width=variant.width,
         fps=job.fps,
         text_encoder=job.text_encoder,
         text_fingerprint=job.text_fingerprint,
         text_dim=job.text_dim,
         has_latents=job.latents,
-        rows=rows_out,
         dead=len(letters),
         classes=classes,
     )
+    assert manifest.rows == rows_out
     write_whole(folder / MANIFEST, manifest.to_json())
     shutil.rmtree(folder / TEMPORARY, ignore_errors=True)
+
+
+def _merge(folder: Path, receipts: list[dict[str, Any]], tokenizer: VideoTokenizer) -> list[Bucket]:
+    """Writes the index: all shards of one shape, then those of the next."""
+    buckets, order = [], []
+    for shape in sorted(ClipShape.parse(name) for name in {name for receipt in receipts for name in receipt["shapes"]}):
+        holders = [receipt for receipt in receipts if shape.name in receipt["shapes"]]
+        parts = [f"{receipt['shard']:05d}/{shape.name}" for receipt in holders]
+        order += parts
+        buckets.append(
+            Bucket(
+                height=shape.height,
+                width=shape.width,
+                clip_frames=shape.frames,
+                schedule=tokenizer.schedule_for(shape.height, shape.width).to_list(),
+                rows=sum(receipt["shapes"][shape.name] for receipt in holders),
+                shards=sum(len(list(Path(folder, part).glob("*.mds"))) for part in parts),
+            )
+        )
+    merge_indexes(folder, order)
+    return buckets

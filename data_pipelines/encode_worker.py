@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,10 +23,11 @@ from torch import Tensor
 
 from data_pipelines.clips import read_clip
 from data_pipelines.codes import columns, to_record
-from data_pipelines.decode import DecodeError, choose_decoder
+from data_pipelines.decode import DecodeError, Decoder, choose_decoder
 from data_pipelines.random_access import HASH, ShardFolder
+from data_pipelines.variants import Variant
 from tokenizer import UserError, VideoTokenizer
-from tokenizer.clip_shape import check_clip_shape
+from tokenizer.clip_shape import ClipShape
 from tokenizer.files import sync
 from tokenizer.pixels import from_pixels
 from tokenizer.receipts import RECEIPT, read_receipt
@@ -37,46 +39,18 @@ NO_ROW = -1  # in a breadcrumb: no single row is to blame
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A size that clips are encoded at, written HEIGHTxWIDTHxFRAMES, for example 64x64x17."""
-
-    height: int
-    width: int
-    frames: int
-
-    @classmethod
-    def parse(cls, text: str) -> Variant:
-        """Reads a variant's name.
-
-        Raises:
-            UserError: not three numbers, frames not 1+4n, or a side that is not a multiple of 16.
-        """
-        if not re.fullmatch(r"[0-9]+x[0-9]+x[0-9]+", text):
-            raise UserError(f"the variant '{text}' is not HEIGHTxWIDTHxFRAMES: write for example 64x64x17.")
-        variant = cls(*map(int, text.split("x")))
-        try:
-            check_clip_shape(variant.frames, variant.height, variant.width)
-        except UserError as error:
-            raise UserError(f"the variant '{text}' can't be encoded: {error}") from error
-        return variant
-
-    @property
-    def name(self) -> str:
-        return f"{self.height}x{self.width}x{self.frames}"
-
-
-@dataclass(frozen=True)
 class Job:
     """Everything that decides the content of a variant's code shards; two outputs with equal jobs are interchangeable.
 
     Args:
-        variant: the clips' size.
+        variant: the clips' shapes.
         shards: digest of the raw shards' index.
         fingerprint: of the tokenizer.
         text_encoder: specification, text_fingerprint: of its features, text_dim: their width.
         latents: store float16 latents too.
         batch_size: clips a tokenizer call (a convolution's last bits may depend on it).
         fps: rate that clips are sampled at; None: each video's own.
+        decoder: of the clips; two of them differ in some pixels.
     """
 
     variant: str
@@ -88,6 +62,7 @@ class Job:
     latents: bool
     batch_size: int
     fps: float | None
+    decoder: str
 
 
 @dataclass(frozen=True)
@@ -136,7 +111,7 @@ class ShardEncoder:
     def __init__(self, shards: str, tokenizer: str, device: str, threads: int):
         torch.set_num_threads(threads)
         self.shards = ShardFolder(shards)
-        self.decoder = choose_decoder()
+        self.decoder: Decoder | None = None  # as the first task's job has it
         self.tokenizer = VideoTokenizer.from_pretrained(tokenizer, device)
         self.device = device
 
@@ -144,7 +119,7 @@ class ShardEncoder:
         """Encodes one shard and puts it in its place.
 
         Returns:
-            the receipt: {"job", "rows_in", "rows_out", "dead": [{"row", "source", "reason"}]}.
+            the receipt: {"job", "shard", "rows_in", "rows_out", "shapes": {name: rows}, "dead": [{"row", "source", "reason"}]}.
 
         Raises:
             UserError: the raw shard is damaged, or the tokenizer is not the job's.
@@ -158,21 +133,26 @@ class ShardEncoder:
         folder.mkdir(parents=True)
         try:
             dead: list[dict[str, Any]] = []
-            rows_out = 0
+            rows: Counter[str] = Counter()
             # finish() is called on success only: leaving MDSWriter's `with` by an exception would write an index that looks whole
-            writer = MDSWriter(columns=columns(job.latents), out=str(folder), hashes=[HASH], size_limit=SIZE_LIMIT)
-            for record in self._records(task, dead):
-                writer.write(record)
-                rows_out += 1
-            writer.finish()
+            writers: dict[str, MDSWriter] = {}
+            for shape, record in self._records(task, dead):
+                if shape not in writers:
+                    out, fields = str(folder / shape), columns(job.latents)
+                    writers[shape] = MDSWriter(columns=fields, out=out, hashes=[HASH], size_limit=SIZE_LIMIT)
+                writers[shape].write(record)
+                rows[shape] += 1
+            for writer in writers.values():
+                writer.finish()
             receipt = {
                 "job": asdict(job),
                 "shard": task.shard,
                 "rows_in": int(self.shards.rows_per_shard[task.shard]),
-                "rows_out": rows_out,
+                "rows_out": rows.total(),
+                "shapes": dict(sorted(rows.items())),
                 "dead": dead,
             }
-            for file in folder.iterdir():
+            for file in folder.rglob("*"):
                 sync(file)
             with open(folder / RECEIPT, "w") as out:
                 json.dump(receipt, out, indent=1, sort_keys=True)
@@ -190,40 +170,41 @@ class ShardEncoder:
             shutil.rmtree(folder, ignore_errors=True)
             task.breadcrumb.unlink(missing_ok=True)
 
-    def _records(self, task: Task, dead: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Code records of the shard's good rows in order; the others are added to `dead`."""
+    def _records(self, task: Task, dead: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Shape and code record of the shard's good rows, those of one shape in order; the others are added to `dead`."""
         job, variant = task.job, Variant.parse(task.job.variant)
+        self.decoder = self.decoder or choose_decoder(job.decoder)
         encoder = text_encoder(job.text_encoder, job.text_dim, self.device)
-        clips: list[Tensor] = []
-        raws: list[dict[str, Any]] = []
+        waiting: dict[ClipShape, list[tuple[Tensor, dict[str, Any]]]] = defaultdict(list)
+        row = 0
         for row in range(int(self.shards.rows_per_shard[task.shard])):
             _note(task, row, row)
             raw = self.shards.read(task.shard, row)
             try:
                 if row in task.quarantined:
                     raise DecodeError("the worker's process died at it, each time it was tried")
-                frames = read_clip(raw, self.decoder, variant.frames, variant.height, variant.width, job.fps)
-                clips.append(from_pixels(frames))
-                raws.append(raw)
+                shape = variant.shape(raw, job.fps)
+                frames = read_clip(raw, self.decoder, shape.frames, shape.height, shape.width, job.fps)
             except DecodeError as error:
                 # addresses of objects would make two runs' bytes differ
                 dead.append({"row": row, "source": raw["source"], "reason": re.sub(r"0x[0-9a-f]+", "0x", str(error))})
-            if len(clips) == job.batch_size:
-                yield from self._encode_batch(task, row, encoder, clips, raws)
-                clips, raws = [], []
-        if clips:
-            yield from self._encode_batch(task, row, encoder, clips, raws)
+                continue
+            waiting[shape].append((from_pixels(frames), raw))
+            if len(waiting[shape]) == job.batch_size:
+                yield from self._encode_batch(task, row, encoder, shape, waiting.pop(shape))
+        for shape in sorted(waiting):
+            yield from self._encode_batch(task, row, encoder, shape, waiting[shape])
 
     def _encode_batch(
-        self, task: Task, row: int, encoder: TextEncoder, clips: list[Tensor], raws: list[dict[str, Any]]
-    ) -> Iterator[dict[str, Any]]:
+        self, task: Task, row: int, encoder: TextEncoder, shape: ClipShape, batch: list[tuple[Tensor, dict[str, Any]]]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
         _note(task, NO_ROW, row)  # a crash in here (memory, a device) is no row's fault
         with torch.inference_mode():
-            video = torch.stack(clips).to(self.device)  # [B, 3, 1+4n, H, W]
+            video = torch.stack([clip for clip, _ in batch]).to(self.device)  # [B, 3, 1+4n, H, W]
             latents, tokens = encode_clips(self.tokenizer, video)
-        for number, raw in enumerate(raws):
+        for number, (_, raw) in enumerate(batch):
             text = encoder.encode(raw["caption"])
-            yield to_record(tokens[number], latents[number] if task.job.latents else None, text, raw)
+            yield shape.name, to_record(tokens[number], latents[number] if task.job.latents else None, text, raw)
 
 
 def encode_clips(tokenizer: VideoTokenizer, video: Tensor) -> tuple[Tensor, Tensor]:

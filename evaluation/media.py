@@ -26,7 +26,7 @@ def read_video(path: Path) -> tuple[np.ndarray, float]:
     """
     try:
         info = probe(path)
-        frames = choose_decoder().decode(path.read_bytes(), info.timestamps, info.height, info.width)
+        frames = choose_decoder("pyav").decode(path.read_bytes(), info.timestamps, info.height, info.width)
     except (Rejected, DecodeError, OSError) as error:
         raise UserError(f"the video {path} can't be read ({error}): make it again.") from error
     return frames, info.fps

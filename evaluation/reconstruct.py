@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.encode_worker import Variant
 from data_pipelines.probe import VideoInfo
 from data_pipelines.sources import find_sources, fingerprint
 from evaluation.fidelity import squared_error, ssim
@@ -23,7 +22,7 @@ from evaluation.media import beside
 from evaluation.round_trip import Clip, Skipped, first_reasons, read_clips, round_trip
 from evaluation.tables import markdown_table
 from tokenizer import VideoTokenizer
-from tokenizer.clip_shape import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, check_num_frames, check_size
+from tokenizer.clip_shape import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, ClipShape, check_num_frames, check_size
 from tokenizer.errors import UserError
 from tokenizer.progress import Meter
 from tokenizer.receipts import finished, new_folder
@@ -114,7 +113,7 @@ def reconstruct(
     if finished(out, arguments) is not None:
         return (out / READABLE).read_text()
 
-    def shape(info: VideoInfo) -> Variant:
+    def shape(info: VideoInfo) -> ClipShape:
         return own_shape(info, size, num_frames)
 
     rows: list[Row] = []
@@ -135,7 +134,7 @@ def reconstruct(
     return text
 
 
-def own_shape(info: VideoInfo, size: int | None = None, num_frames: int | None = None) -> Variant:
+def own_shape(info: VideoInfo, size: int | None = None, num_frames: int | None = None) -> ClipShape:
     """The shape at which a video is coded.
 
     Each side is the nearest multiple of 16 (halves up, at least 16), so that the aspect ratio is the video's own but for less than 8
@@ -149,7 +148,7 @@ def own_shape(info: VideoInfo, size: int | None = None, num_frames: int | None =
     """
     height, width = (size, size) if size else (_nearest(info.height), _nearest(info.width))
     most = min(info.frames, MOST_FRAMES, max(1, MOST_PIXELS // (height * width)))
-    return Variant(height, width, num_frames or 1 + (most - 1) // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION)
+    return ClipShape(height, width, num_frames or 1 + (most - 1) // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION)
 
 
 def _nearest(side: int) -> int:

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipelines.encode_worker import Variant
 from data_pipelines.moving_shapes import parse_caption
 from data_pipelines.sources import find_sources, fingerprint
 from evaluation.bit_usage import BitUsage
@@ -29,6 +28,7 @@ from evaluation.round_trip import Clip, Skipped, first_reasons, in_batches, read
 from evaluation.shapes import moving_foreground
 from evaluation.tables import markdown_table
 from tokenizer import VideoTokenizer
+from tokenizer.clip_shape import ClipShape
 from tokenizer.errors import UserError
 from tokenizer.perceptual import Perceptual, weights_file
 from tokenizer.pixels import from_pixels
@@ -97,7 +97,7 @@ def evaluate_reconstruction(
         UserError: no tokenizer, no videos, an impossible clip shape, a file that was named is missing or is something else, or `out`
             holds something else.
     """
-    wanted = [Variant.parse(name) for name in variants]
+    wanted = [ClipShape.parse(name) for name in variants]
     if not wanted or len(set(wanted)) < len(wanted):
         raise UserError(f"the variants {', '.join(variants)} are empty or repeat themselves: name each size once.")
     if batch_size < 1:
@@ -153,7 +153,9 @@ def evaluate_reconstruction(
         _write_rows(folder / TABLE, rows)
         result = _result(rows, buckets, skipped, lpips_missing, detector is not None)
         for name, values in result["buckets"].items():
-            values["schedule"] = tokenizer.schedule_for(Variant.parse(name).height, Variant.parse(name).width).to_list()
+            values["schedule"] = tokenizer.schedule_for(
+                ClipShape.parse(name).height, ClipShape.parse(name).width
+            ).to_list()
         result["tokenizer"] = tokenizer.fingerprint
         (folder / RESULT).write_text(json.dumps(result, indent=1))
         write_figure(result, folder / FIGURE)
@@ -304,7 +306,7 @@ def _measures(bucket: _Bucket, lpips_missing: str | None, has_i3d: bool) -> dict
     }
 
 
-def _always(variant: Variant) -> Callable[[Any], Variant]:
+def _always(variant: ClipShape) -> Callable[[Any], ClipShape]:
     return lambda _: variant
 
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from data_pipelines.clips import read_clip
 from data_pipelines.decode import DecodeError, choose_decoder
-from data_pipelines.encode_worker import Variant
 from data_pipelines.probe import Rejected, VideoInfo, probe
 from data_pipelines.sources import Source
 from tokenizer import VideoTokenizer
+from tokenizer.clip_shape import ClipShape
 from tokenizer.codes import Codes
 from tokenizer.pixels import from_pixels, to_pixels
 
@@ -44,7 +44,7 @@ class Skipped:
 
 
 def read_clips(
-    sources: Iterable[Source], shape: Callable[[VideoInfo], Variant], skipped: list[Skipped], min_frames: int = 1
+    sources: Iterable[Source], shape: Callable[[VideoInfo], ClipShape], skipped: list[Skipped], min_frames: int = 1
 ) -> Iterator[Clip]:
     """Decodes the middle of each video, in order.
 
@@ -54,12 +54,12 @@ def read_clips(
         skipped: videos that can't be used are added here.
         min_frames: shorter videos can't be used.
     """
-    decoder = choose_decoder()
+    decoder = choose_decoder("pyav")  # the same pixels on every machine
     for source in sources:
         try:
             info = probe(source.path, min_frames)
             wanted = shape(info)
-            record = {"video": source.path.read_bytes(), "timestamps": info.timestamps}
+            record = {"video": source.path.read_bytes(), "timestamps": info.timestamps, "rotation": info.rotation}
             frames = read_clip(record, decoder, wanted.frames, wanted.height, wanted.width)
         except (Rejected, DecodeError, OSError) as error:
             skipped.append(Skipped(source.name, str(error)))

@@ -78,8 +78,8 @@ class SourceConfig:
     """One ingredient of a stage's data.
 
     Args:
-        dir: a folder of code shards (`videoar encode`), or its URL.
-        num_frames: the first so many latent frames of each clip, 1 for images; null: all.
+        dir: a folder of code shards (`videoar encode`), or its URL. Clips of several shapes in it take turns, each as often as any.
+        num_frames: the first so many latent frames of each clip that has them, 1 for images; null: all.
         proportion: its share of the steps, relative to the other sources'.
         cache: a local folder for the shards of a URL.
     """
@@ -108,7 +108,7 @@ class StageConfig:
         p_mask: Random Frame Mask's probability.
         condition_dropout: probability that a clip's text is replaced by the null sequence.
         token_weight: "uniform" or "scale" (sqrt(HW / H_k W_k)).
-        validation: a folder of code shards for validation at the stage's largest number of frames; null: none.
+        validation: a folder of code shards for validation, those of its clips that have the stage's largest number of frames; null: none.
     """
 
     name: str

@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 
 from data_pipelines.code_stream import CodeStream, Source
-from data_pipelines.codes import CodeDataset, Manifest
+from data_pipelines.codes import CodeDataset, CodeFolder, Manifest
 from inference.config import ModelConfig
 from pretrain.config import PretrainConfig, SourceConfig, StageConfig
 from pretrain.objective import ObjectiveConfig
@@ -32,9 +32,9 @@ class StagePlan:
     Args:
         index: from 0.
         config: its settings.
-        sources: its data, every number of frames known.
+        sources: its data, one for each shape of clips.
         manifests: of the sources, in their order.
-        validation: the validation clips, or None.
+        validation: the validation clips, likewise; none: there is no validation.
         objective: what `objective.prepare` needs.
         model: the network's configuration when this stage ends: the finest grids and the most frames trained on so far.
     """
@@ -43,7 +43,7 @@ class StagePlan:
     config: StageConfig
     sources: tuple[Source, ...]
     manifests: tuple[Manifest, ...]
-    validation: Source | None
+    validation: tuple[Source, ...]
     objective: ObjectiveConfig
     model: ModelConfig
 
@@ -62,10 +62,10 @@ class StagePlan:
 
     def validation_stream(self, run: PretrainConfig, rank: int, size: int) -> CodeStream | None:
         """The validation clips from the first one on, in stored order."""
-        if self.validation is None:
+        if not self.validation:
             return None
         return CodeStream(
-            [self.validation],
+            self.validation,
             self.config.global_batch_size,
             rank=rank,
             size=size,
@@ -117,19 +117,16 @@ def make_plan(run: PretrainConfig) -> Plan:
     fingerprint, residual_down = read_tokenizer(run.tokenizer)
     stages: list[StagePlan] = []
     for index, stage in enumerate(run.stages):
-        datasets = [_dataset(source, fingerprint) for source in stage.codes]
-        sizes = _batch_sizes(stage, datasets)
-        sources = tuple(
-            Source(dataset.path, dataset.num_frames, source.proportion, source.cache, size)
-            for source, dataset, size in zip(stage.codes, datasets, sizes)
-        )
-        frames = max(source.num_latent_frames for source in sources)
-        validation = None
+        groups = [_datasets(source, fingerprint) for source in stage.codes]
+        datasets = [dataset for group in groups for dataset in group]
+        _check_spread(stage, datasets)
+        sources = [one for source, group in zip(stage.codes, groups) for one in _sources(stage, source, group)]
+        validation: list[Source] = []
         if stage.validation is not None:
-            dataset = _dataset(SourceConfig(stage.validation, frames), fingerprint)
-            validation = Source(dataset.path, frames, batch_size=_clips(stage, dataset))
+            held_out = SourceConfig(stage.validation, max(dataset.num_frames for dataset in datasets))
+            validation = _sources(stage, held_out, _datasets(held_out, fingerprint))
         manifests = tuple(dataset.manifest for dataset in datasets)
-        model = _model_config(run, stage, sources, manifests, stages[-1].model if stages else None)
+        model = _model_config(run, stage, datasets, stages[-1].model if stages else None)
         objective = ObjectiveConfig(
             randomness=Randomness(run.seed, index),
             error_correction=stage.error_correction,
@@ -140,7 +137,7 @@ def make_plan(run: PretrainConfig) -> Plan:
             residual_down=residual_down,
             input_down=run.network.input_down,
         )
-        stages.append(StagePlan(index, stage, sources, manifests, validation, objective, model))
+        stages.append(StagePlan(index, stage, tuple(sources), manifests, tuple(validation), objective, model))
     return Plan(tuple(stages), fingerprint, str(Path(run.tokenizer).resolve()))
 
 
@@ -185,45 +182,64 @@ def _clips_within(budget: int, dataset: CodeDataset) -> int:
 
 def _tokens(dataset: CodeDataset) -> int:
     """Of a clip."""
-    return dataset.num_frames * dataset.manifest.scale_schedule.tokens_per_frame
+    return dataset.num_frames * dataset.schedule.tokens_per_frame
 
 
-def _batch_sizes(stage: StageConfig, datasets: Sequence[CodeDataset]) -> list[int]:
-    """Clips of a step on each source.
+def _sources(stage: StageConfig, config: SourceConfig, datasets: Sequence[CodeDataset]) -> list[Source]:
+    """One for each shape of a folder's clips; each gets steps by its clips, so that all clips are seen equally often."""
+    batches = [len(dataset) / _clips(stage, dataset) for dataset in datasets]
+    return [
+        Source(
+            path=dataset.path,
+            num_latent_frames=dataset.num_frames,
+            proportion=config.proportion * share / sum(batches),
+            cache=config.cache,
+            batch_size=_clips(stage, dataset),
+            bucket=dataset.number,
+        )
+        for dataset, share in zip(datasets, batches)
+    ]
 
-    Raises:
-        UserError: their steps would differ by more than `MAX_SPREAD` in tokens.
-    """
+
+def _check_spread(stage: StageConfig, datasets: Sequence[CodeDataset]) -> None:
+    """Raises UserError if steps with a token budget would differ by more than `MAX_SPREAD` in tokens."""
 
     def alike(budget: int) -> bool:
         tokens = [_clips_within(budget, dataset) * _tokens(dataset) for dataset in datasets]
         return max(tokens) <= MAX_SPREAD * min(tokens)
 
-    sizes = [_clips(stage, dataset) for dataset in datasets]
-    if stage.token_budget is not None and not alike(stage.token_budget):
-        tokens = [size * _tokens(dataset) for size, dataset in zip(sizes, datasets)]
-        longest = max(_tokens(dataset) for dataset in datasets)
-        wider = next(filter(alike, count(longest * max(1, stage.token_budget // longest), longest)))
+    if stage.token_budget is None or alike(stage.token_budget):
+        return
+    tokens = [_clips(stage, dataset) * _tokens(dataset) for dataset in datasets]
+    longest = max(_tokens(dataset) for dataset in datasets)
+    wider = next(filter(alike, count(longest * max(1, stage.token_budget // longest), longest)))
+    raise UserError(
+        f"stage '{stage.name}': with token_budget {stage.token_budget} its steps have {min(tokens)} to {max(tokens)} tokens, "
+        f"which cost too differently: choose {wider}."
+    )
+
+
+def _datasets(source: SourceConfig, fingerprint: str) -> list[CodeDataset]:
+    """The clips of a folder by shape; with `num_frames`, those that have so many."""
+    folder = CodeFolder(source.dir, fingerprint, source.cache)
+    lengths, wanted = [bucket.num_frames for bucket in folder.manifest.buckets], source.num_frames
+    if wanted is not None and not 1 <= wanted <= max(lengths):
         raise UserError(
-            f"stage '{stage.name}': with token_budget {stage.token_budget} its steps have {min(tokens)} to {max(tokens)} tokens, "
-            f"which cost too differently: choose {wider}."
+            f"{source.dir} holds clips of {max(lengths)} latent frames, {wanted} were asked for: ask for fewer, or encode longer clips."
         )
-    return sizes
-
-
-def _dataset(source: SourceConfig, fingerprint: str) -> CodeDataset:
-    return CodeDataset(source.dir, fingerprint, source.num_frames, source.cache)
+    return [
+        CodeDataset(folder, num_frames=wanted, bucket=number)
+        for number, frames in enumerate(lengths)
+        if wanted is None or frames >= wanted
+    ]
 
 
 def _model_config(
-    run: PretrainConfig,
-    stage: StageConfig,
-    sources: tuple[Source, ...],
-    manifests: tuple[Manifest, ...],
-    before: ModelConfig | None,
+    run: PretrainConfig, stage: StageConfig, datasets: Sequence[CodeDataset], before: ModelConfig | None
 ) -> ModelConfig:
-    finest = max(manifests, key=lambda manifest: manifest.scale_schedule.tokens_per_frame)
-    schedule, frames = finest.scale_schedule, max(source.num_latent_frames for source in sources)
+    largest = max(datasets, key=lambda dataset: dataset.schedule.tokens_per_frame)
+    finest, schedule = largest.manifest, largest.schedule
+    frames = max(dataset.num_frames for dataset in datasets)
     if before is not None:
         frames = max(frames, before.num_frames)
         schedule = max(schedule, before.schedule, key=lambda one: one.tokens_per_frame)
@@ -241,15 +257,15 @@ def _model_config(
         num_classes=num_classes,
         fps=finest.fps or DEFAULT_FPS,
     )
-    for manifest, source in zip(manifests, sources):
+    for dataset in datasets:
         for name, mine, theirs in (
-            ("bits a token", model.bits, manifest.dim),
-            ("text width", model.text_dim, manifest.text_dim),
-            ("text encoder", finest.text_fingerprint, manifest.text_fingerprint),
+            ("bits a token", model.bits, dataset.manifest.dim),
+            ("text width", model.text_dim, dataset.manifest.text_dim),
+            ("text encoder", finest.text_fingerprint, dataset.manifest.text_fingerprint),
         ):
             if mine != theirs:
                 raise UserError(
-                    f"the codes in {source.path} have {name} {theirs}, others of the run {mine}: encode them alike."
+                    f"the codes in {dataset.path} have {name} {theirs}, others of the run {mine}: encode them alike."
                 )
     if before is not None and (before.bits, before.text_dim, before.num_classes) != (
         model.bits,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tokenizer.errors import UserError
@@ -12,6 +14,35 @@ if TYPE_CHECKING:
 SPATIAL_COMPRESSION = 16
 TEMPORAL_COMPRESSION = 4
 RANGE_SLACK = 0.02  # values round in half precision, and sharp resampling overshoots by less
+
+
+@dataclass(frozen=True, order=True)
+class ClipShape:
+    """A clip's height, width and number of frames, written HEIGHTxWIDTHxFRAMES, for example 64x64x17."""
+
+    height: int
+    width: int
+    frames: int
+
+    @classmethod
+    def parse(cls, text: str) -> ClipShape:
+        """Reads a shape's name.
+
+        Raises:
+            UserError: not three numbers, frames not 1+4n, or a side that is not a multiple of 16.
+        """
+        if not re.fullmatch(r"[0-9]+x[0-9]+x[0-9]+", text):
+            raise UserError(f"the clip shape '{text}' is not HEIGHTxWIDTHxFRAMES: write for example 64x64x17.")
+        shape = cls(*map(int, text.split("x")))
+        try:
+            check_clip_shape(shape.frames, shape.height, shape.width)
+        except UserError as error:
+            raise UserError(f"clips of '{text}' can't be encoded: {error}") from error
+        return shape
+
+    @property
+    def name(self) -> str:
+        return f"{self.height}x{self.width}x{self.frames}"
 
 
 def check_clip_shape(num_frames: int, height: int, width: int) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from streaming import MDSWriter
-from streaming.base.util import merge_index
 
-from data_pipelines.codes import MANIFEST, Manifest, columns, to_record
+from data_pipelines.codes import MANIFEST, Bucket, Manifest, columns, to_record
 from data_pipelines.random_access import HASH
+from data_pipelines.shard_index import merge_indexes
 from tokenizer import MultiScaleQuantizer, ScaleSchedule
 
 DIM, TEXT_DIM, FRAMES = 8, 4, 3
@@ -40,11 +40,10 @@ def write_code_folder(
             writer.write(to_record(tokens, latent if latents else None, text, raw))
             clips.append({"tokens": tokens, "latent": latent, "text": text, "caption": raw["caption"]})
         writer.finish()
-    merge_index([str(folder / f"{shard:05d}" / "index.json") for shard in range(len(rows_per_shard))], str(folder))
+    merge_indexes(folder, [f"{shard:05d}" for shard in range(len(rows_per_shard))])
     manifest = Manifest(
-        fingerprint=fingerprint, schedule=SCHEDULE.to_list(), num_frames=FRAMES, dim=DIM, clip_frames=1 + 4 * (FRAMES - 1),
-        height=32, width=32, fps=None, text_encoder="bytes", text_fingerprint="bytes-1-4", text_dim=TEXT_DIM,
-        has_latents=latents, rows=len(clips), dead=0,
+        fingerprint=fingerprint, buckets=[Bucket(32, 32, 1 + 4 * (FRAMES - 1), SCHEDULE.to_list(), len(clips), len(rows_per_shard))],
+        dim=DIM, fps=None, text_encoder="bytes", text_fingerprint="bytes-1-4", text_dim=TEXT_DIM, has_latents=latents, dead=0,
     )  # fmt: skip
     (folder / MANIFEST).write_text(manifest.to_json())
     return clips

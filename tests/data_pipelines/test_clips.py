@@ -8,8 +8,9 @@ import pytest
 import torch
 from streaming import MDSWriter
 
-from data_pipelines.clips import ClipBatches, ClipDataset, ClipTooShort, load_clips, sample_times, split_clips
+from data_pipelines.clips import ClipBatches, ClipDataset, load_clips, split_clips
 from data_pipelines.random_access import HASH, ShardFolder
+from data_pipelines.sampling import ClipTooShort, sample_times
 from data_pipelines.shard_part import COLUMNS, ShardsConfig
 from data_pipelines.shards import write_shards
 from tests.data_pipelines.media import indices, write_video

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipelines.codes import CodeDataset, Manifest
+from data_pipelines.codes import CodeDataset, CodeFolder, Manifest
 from data_pipelines.random_access import ShardFolder
 from tests.data_pipelines.code_folders import DIM, FRAMES, SCHEDULE, write_code_folder
+from tests.pretrain.tiny import write_codes
 from tokenizer import UserError
 
 
@@ -39,6 +40,20 @@ def test_a_prefix_of_frames(tmp_path: Path):
         CodeDataset(tmp_path, num_frames=4)
 
 
+def test_several_shapes_in_one_folder(tmp_path: Path):
+    write_codes(tmp_path, "a", clips=4, others=((4, 2, 3),))
+    folder = CodeFolder(tmp_path)
+    small, large = (CodeDataset(folder, bucket=number) for number in (0, 1))
+    assert [len(small), len(large)] == [4, 3] and large.rows_per_shard.tolist() == [3]
+    assert small[3]["tokens"].shape == (3, 5, 8) and large[0]["tokens"].shape == (2, 17, 8)
+    assert [large[row]["caption"] for row in range(3)] == ["clip 0", "clip 1", "clip 2"]
+    for dataset in (small, large):
+        with pytest.raises(IndexError):
+            dataset[len(dataset)]
+    with pytest.raises(UserError, match="clips of 2 shapes: name one"):
+        CodeDataset(tmp_path)
+
+
 def test_without_latents(tmp_path: Path):
     write_code_folder(tmp_path, [2], latents=False)
     assert CodeDataset(tmp_path)[0]["latent"] is None
@@ -58,8 +73,8 @@ def test_codes_of_another_tokenizer_or_unfinished_ones_are_refused(tmp_path: Pat
 def test_another_format_and_a_damaged_manifest_are_refused(tmp_path: Path):
     write_code_folder(tmp_path, [2])
     content = (tmp_path / "codes.json").read_text()
-    (tmp_path / "codes.json").write_text(content.replace('"format": 1', '"format": 2'))
-    with pytest.raises(UserError, match="format 2"):
+    (tmp_path / "codes.json").write_text(content.replace('"format": 2', '"format": 3'))
+    with pytest.raises(UserError, match="format 3"):
         Manifest.read(tmp_path)
     (tmp_path / "codes.json").write_text(content[:50])
     with pytest.raises(UserError, match="can't be read"):

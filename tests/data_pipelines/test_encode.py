@@ -28,13 +28,14 @@ from data_pipelines.codes import CodeDataset
 from data_pipelines.decode import choose_decoder
 from data_pipelines.encode import EncodeConfig, EncodeSummary, encode, make_job
 from data_pipelines.encode_pool import EncodeActor, EncoderPool, start_ray
-from data_pipelines.encode_worker import Job, ShardEncoder, Task, Variant
+from data_pipelines.encode_worker import Job, ShardEncoder, Task
 from data_pipelines.moving_shapes import write_corpus
 from data_pipelines.random_access import ShardFolder
 from data_pipelines.shard_part import COLUMNS, ShardsConfig
 from data_pipelines.shards import write_shards
 from tokenizer import UserError, VideoTokenizer
 from tokenizer.autoencoder import AutoencoderConfig
+from tokenizer.clip_shape import ClipShape
 from tokenizer.pixels import from_pixels
 from tokenizer.receipts import new_folder
 from tokenizer.text import ByteTextEncoder
@@ -122,7 +123,7 @@ def test_bits_are_those_of_the_tokenizer_and_of_the_stored_latents(base: Path, u
     tokenizer, raw = VideoTokenizer.from_pretrained(base / "tokenizer"), ShardFolder(base / "raw")
     good = [row for row in range(20) if row != CORRUPT]
     for name in VARIANTS:
-        variant = Variant.parse(name)
+        variant = ClipShape.parse(name)
         dataset = CodeDataset(out / name, tokenizer.fingerprint)
         assert len(dataset) == 19 and dataset.manifest.dead == 1
         assert dataset.schedule == tokenizer.schedule_for(variant.height, variant.width)
@@ -245,7 +246,7 @@ def test_a_row_that_kills_its_worker_is_set_aside_and_a_size_without_clips_is_an
     class PoisonedActor(EncodeActor):
         def __init__(self, *arguments):
             super().__init__(*arguments)
-            self.encoder.decoder = poisoned(self.encoder.decoder, deadly)
+            self.encoder.decoder = poisoned(choose_decoder("pyav"), deadly)
 
     monkeypatch.setattr(EncoderPool, "actor_class", PoisonedActor)
     monkeypatch.setattr(encode_pool, "KILLS", 2)  # a new worker takes seconds to start
@@ -282,7 +283,7 @@ def test_a_damaged_raw_shard_is_named(base: Path, tmp_path: Path):
         ({"tokenizer": "/nowhere"}, "holds no tokenizer"),
         ({"variants": ["32x32x16"]}, "16 frames are not 1"),
         ({"variants": ["40x32x17"]}, "height 40 is not a multiple of 16: resize or crop to 32"),
-        ({"variants": ["32"]}, "not HEIGHTxWIDTHxFRAMES"),
+        ({"variants": ["32"]}, "neither HEIGHTxWIDTHxFRAMES nor SIDExFRAMES"),
         ({"variants": ["32x32x17"] * 2}, "repeat themselves"),
         ({"batch_size": 0}, "at least 1"),
         ({"device": "tpu"}, "device 'tpu' is unknown"),
@@ -307,7 +308,7 @@ def test_options_that_change_the_records(base: Path, tmp_path: Path):
     config = settings(base, tmp_path, latents=False, fps=4.0, text_dim=24)
     encoder, job, out = make_encoder(config, "32x32x5")
     encoder.encode(Task(job, str(out), 0, "try"))
-    record = ShardFolder(out / "00000")[0]
+    record = ShardFolder(out / "00000" / "32x32x5")[0]
     assert "latent" not in record and len(record["text"]) % (24 * 2) == 0 and len(record["packed"]) == 2 * 5
     frames = read_clip(ShardFolder(config.shards)[0], choose_decoder(), 5, 32, 32, fps=4.0)
     tokens = encoder.tokenizer.encode(from_pixels(frames)[None]).tokens()

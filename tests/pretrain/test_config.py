@@ -92,7 +92,7 @@ def test_a_token_budget_makes_all_sources_steps_alike(tmp_path: Path) -> None:
         4 * 27,
         4 * 4,
     ]  # four microbatches of 135, 135, 136
-    assert plan.validation is not None and plan.validation.batch_size == 4 * 9
+    assert [source.batch_size for source in plan.validation] == [4 * 9]
     main_entry(config)
     clips = {line["clips"]: line["tokens"] for line in metrics(tmp_path / "run") if "clips" in line}
     assert {count: tokens // count for count, tokens in clips.items()} == {36: 15, 108: 5, 16: 34}
@@ -100,6 +100,38 @@ def test_a_token_budget_makes_all_sources_steps_alike(tmp_path: Path) -> None:
         make_plan(settings.load(PretrainConfig, _edit(file, **changes, token_budget=40)))
     with pytest.raises(UserError, match="token_budget of 0: choose at least 1"):
         settings.load(PretrainConfig, _edit(file, **changes, token_budget=0))
+
+
+def test_clips_of_all_shapes_in_a_folder_are_seen_equally_often(tmp_path: Path) -> None:
+    """24 clips of 15 tokens, 12 of 10 and 6 of 34: in buckets, with a budget and without one, on one network."""
+    fingerprint = write_tokenizer(tmp_path / "tokenizer")
+    write_codes(tmp_path / "codes", fingerprint, others=((2, 2, 12), (4, 2, 6)))
+    changes = {"codes": [{"dir": str(tmp_path / "codes")}], "global_batch_size": 6, "micro_batch_size": 6}
+    file = write_run(tmp_path, stages=[stage(tmp_path / "codes", 7, **changes)])
+    config = settings.load(PretrainConfig, file)
+    (plan,) = make_plan(config).stages
+    shares = [(source.num_latent_frames, round(7 * source.proportion, 9)) for source in plan.sources]
+    assert shares == [(3, 4), (2, 2), (2, 1)]  # an epoch is seven steps
+    assert plan.model.schedule.grid == (4, 4) and plan.model.num_frames == 3
+    main_entry(config)
+    tokens = [line["tokens"] // line["clips"] for line in metrics(tmp_path / "run") if "clips" in line]
+    assert {count: tokens.count(count) for count in tokens} == {15: 4, 10: 2, 34: 1}
+    stream = plan.stream(config, 0, 1)
+    drawn = [index for _ in range(7) for index in next(stream).sample_index.tolist()]
+    assert sorted(drawn) == list(range(42))  # every clip once
+
+    (plan,) = make_plan(settings.load(PretrainConfig, _edit(file, **changes, token_budget=150))).stages
+    assert [source.batch_size for source in plan.sources] == [10, 15, 4]
+    seen = [source.proportion * source.batch_size for source in plan.sources]
+    assert [round(one / seen[2], 9) for one in seen] == [4, 2, 1]  # by clips
+    one = [{"dir": str(tmp_path / "codes"), "num_frames": 3}]
+    (plan,) = make_plan(
+        settings.load(PretrainConfig, _edit(file, codes=one, validation=str(tmp_path / "codes")))
+    ).stages
+    assert [(source.bucket, source.proportion) for source in plan.sources] == [(0, 1)]  # the others have two frames
+    assert [source.bucket for source in plan.validation] == [0]
+    with pytest.raises(UserError, match="holds clips of 3 latent frames, 4 were asked for"):
+        make_plan(settings.load(PretrainConfig, _edit(file, codes=[one[0] | {"num_frames": 4}])))
 
 
 def test_other_codes_are_refused(tmp_path: Path) -> None:
