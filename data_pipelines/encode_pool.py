@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.encode_metrics import EncodeMetrics
 from data_pipelines.encode_worker import NO_ROW, TEMPORARY, ShardEncoder, Task, read_breadcrumb, shard_receipt
 from tokenizer.errors import UserError
 from tokenizer.progress import Meter
@@ -97,7 +98,8 @@ class EncoderPool:
                 ray.init(address=self.ray_address, log_to_driver=False, logging_level=logging.ERROR)
             except (RayError, ConnectionError, RuntimeError, ValueError) as error:
                 raise UserError(
-                    f"no Ray cluster answers at '{self.ray_address}' ({_short(error)}): start one, or leave --ray-address out."
+                    f"no Ray cluster answers at '{self.ray_address}' ({_short(error)}): start one, set RAY_AUTH_MODE=token if it asks "
+                    "for a token, or leave --ray-address out."
                 ) from error
         else:
             start_ray(max(os.cpu_count() or 1, self.num_workers * self.threads))
@@ -125,9 +127,12 @@ class EncoderPool:
         self._start_actors(min(self._room(), len(tasks)))
         pending, idle = deque(tasks), deque[int]()
         starting = {actor.ready.remote(): worker for worker, actor in enumerate(self.actors)}
-        running: dict[Any, tuple[int, Task]] = {}
+        running: dict[Any, tuple[int, Task, float]] = {}  # result -> worker, its task, when it was handed out
         tries: Counter[int] = Counter()
         rows_done = 0
+        metrics, waiting = EncodeMetrics(), Counter[str]()
+        for task in tasks:
+            waiting[task.job.variant] += rows_per_shard[task.shard]
         with Meter("encode", sum(rows_per_shard[task.shard] for task in tasks)) as meter:
             while pending or running:
                 done, _ = ray.wait([*starting, *running], num_returns=1, timeout=POLL)
@@ -139,11 +144,12 @@ class EncoderPool:
                         else:
                             starting[self.actors[worker].ready.remote()] = worker
                         continue
-                    worker, task = running.pop(reference)
+                    worker, task, begun = running.pop(reference)
                     try:
-                        ray.get(reference)
+                        receipt = ray.get(reference)
                         idle.append(worker)
                         rows_done += rows_per_shard[task.shard]
+                        metrics.shard_done(task.job.variant, receipt, time.monotonic() - begun)
                         continue
                     except RayActorError as error:
                         again = self._after_death(task, self.nodes.get(worker, ""), error)
@@ -151,15 +157,21 @@ class EncoderPool:
                         again = self._after_failure(task, error)
                         # a device error or a lack of memory may have left the process unusable
                         ray.kill(self.actors[worker], no_restart=False)
+                    metrics.worker_lost()
                     if again is None:
                         rows_done += rows_per_shard[task.shard]
+                        if receipt := shard_receipt(task.out, task.shard):
+                            metrics.shard_done(task.job.variant, receipt)
                     else:
                         pending.appendleft(again)
+                        waiting[task.job.variant] += rows_per_shard[task.shard]
                     starting[self.actors[worker].ready.remote()] = worker
                 while idle and pending:
                     worker, task = idle.popleft(), replace(pending.popleft(), attempt=uuid.uuid4().hex)
-                    running[self.actors[worker].encode.remote(task)] = (worker, task)
-                seen = rows_done + sum(read_breadcrumb(task)[1] for _, task in running.values())
+                    running[self.actors[worker].encode.remote(task)] = (worker, task, time.monotonic())
+                    waiting[task.job.variant] -= rows_per_shard[task.shard]
+                metrics.show(waiting, len(idle) + len(running))
+                seen = rows_done + sum(read_breadcrumb(task)[1] for _, task, _ in running.values())
                 meter.advance(max(0, seen - meter.done), f"{len(idle) + len(running)} workers")
 
     def _room(self) -> int:
