@@ -60,7 +60,15 @@ def encode(args: argparse.Namespace, words: list[str]) -> None:
     from data_pipelines.encode import EncodeConfig
     from data_pipelines.encode import encode as run
 
-    run(settings.load(EncodeConfig, args.config, words))
+    config = settings.load(EncodeConfig, args.config, words)
+    if args.submit:
+        from cluster.ray_job import DESCRIPTION, RayJobConfig, submit_encode
+
+        job = settings.load(RayJobConfig, args.job or DESCRIPTION)
+        sys.exit(submit_encode(settings.to_dict(config), job, not args.no_wait))
+    if args.job or args.no_wait:
+        raise UserError("--job and --no-wait say how to submit: give --submit too, or leave them out.")
+    run(config)
 
 
 def pretrain(args: argparse.Namespace, words: list[str]) -> None:
@@ -258,10 +266,22 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--frames", type=int, help="frames of each clip, 1+4n (default: as many as the video has)")
     command.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
 
-    add(
+    command = add(
         verbs, "encode", encode, "encode raw shards to code shards with Ray actors (--shards DIR --tokenizer DIR --out DIR)",
         "data_pipelines.encode:EncodeConfig",
     )  # fmt: skip
+    command.add_argument(
+        "--submit",
+        action="store_true",
+        help="run the driver as a job of the Ray cluster whose dashboard is at --ray-address (http://HEAD:8265)",
+    )
+    command.add_argument(
+        "--job",
+        type=Path,
+        metavar="FILE",
+        help="with --submit: the job's description (default: cluster/jobs/encode.yaml)",
+    )
+    command.add_argument("--no-wait", action="store_true", help="with --submit: do not follow the job's log")
 
     add(
         verbs, "pretrain", pretrain, "train the transformer through its stages; under torchrun for more than one process",
