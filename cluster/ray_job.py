@@ -42,7 +42,7 @@ class RayJobConfig:
     python: str | None = None
     project: str | None = None
     env_vars: dict[str, str] = field(default_factory=dict)
-    entrypoint_num_cpus: float = 1
+    entrypoint_num_cpus: float = 0
     entrypoint_resources: dict[str, float] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
 

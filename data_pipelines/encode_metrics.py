@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from data_pipelines.encode_worker import Variant
+from tokenizer.clip_shape import ClipShape
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
 from ray.util.metrics import Counter, Gauge, Histogram
@@ -42,7 +42,7 @@ class EncodeMetrics:
         """Counts a finished shard.
 
         Args:
-            variant: its size.
+            variant: its name.
             receipt: its receipt.
             seconds: how long the worker took; None: nobody saw it finish.
         """
@@ -50,7 +50,7 @@ class EncodeMetrics:
         # Ray's counters refuse to be raised by 0
         if clips:
             self._clips.inc(clips, tags)
-            self._frames.inc(clips * Variant.parse(variant).frames, tags)
+            self._frames.inc(sum(ClipShape.parse(name).frames * rows for name, rows in receipt["shapes"].items()), tags)
         if dead:
             self._dead.inc(dead, tags)
         if seconds is not None:
