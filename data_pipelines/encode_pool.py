@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.encode_metrics import EncodeMetrics
-from data_pipelines.encode_worker import NO_ROW, TEMPORARY, ShardEncoder, Task, read_breadcrumb, shard_receipt
+from data_pipelines.encode_worker import NO_ROW, SOME_ROW, TEMPORARY, ShardEncoder, Task, read_breadcrumb, shard_receipt
 from tokenizer.errors import UserError
 from tokenizer.progress import Meter
 
@@ -219,6 +219,8 @@ class EncoderPool:
             return None
         if node and not any(entry["Alive"] and entry["NodeID"] == node for entry in ray.nodes()):
             return task  # the machine went, which is nobody's fault
+        if blame == SOME_ROW:
+            return replace(task, one_by_one=True)
         if blame == NO_ROW:
             return self._count_failure(task, error)
         self.kills[task.out, task.shard, blame] += 1

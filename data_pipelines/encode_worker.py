@@ -11,12 +11,14 @@ import json
 import os
 import re
 import shutil
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from streaming import MDSWriter
 from torch import Tensor
@@ -35,7 +37,7 @@ from tokenizer.text import TextEncoder, text_encoder
 
 TEMPORARY = ".tmp"
 SIZE_LIMIT = 1 << 29  # bytes a code file; MDS can address 4 GiB
-NO_ROW = -1  # in a breadcrumb: no single row is to blame
+NO_ROW, SOME_ROW = -1, -2  # in a breadcrumb: no row is to blame; one of several that are being decoded may be
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Task:
         shard: number of the raw shard.
         attempt: a name of its own for this try.
         quarantined: rows that killed earlier tries; they go to the dead letters unseen.
+        one_by_one: decode no row ahead, so that one which kills the process is known.
     """
 
     job: Job
@@ -82,6 +85,7 @@ class Task:
     shard: int
     attempt: str
     quarantined: tuple[int, ...] = ()
+    one_by_one: bool = False
 
     @property
     def name(self) -> str:
@@ -105,13 +109,14 @@ class ShardEncoder:
         shards: folder of raw shards.
         tokenizer: folder of the tokenizer.
         device: "cpu" or "cuda".
-        threads: of torch, in this process.
+        threads: of torch, in this process; and on a GPU, which leaves the CPU free, as many more that decode ahead.
     """
 
     def __init__(self, shards: str, tokenizer: str, device: str, threads: int):
         torch.set_num_threads(threads)
         self.shards = ShardFolder(shards)
         self.decoder: Decoder | None = None  # as the first task's job has it
+        self.decoding = ThreadPoolExecutor(threads) if device == "cuda" else None
         self.tokenizer = VideoTokenizer.from_pretrained(tokenizer, device)
         self.device = device
 
@@ -172,33 +177,64 @@ class ShardEncoder:
 
     def _records(self, task: Task, dead: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
         """Shape and code record of the shard's good rows, those of one shape in order; the others are added to `dead`."""
-        job, variant = task.job, Variant.parse(task.job.variant)
+        job = task.job
         self.decoder = self.decoder or choose_decoder(job.decoder)
         encoder = text_encoder(job.text_encoder, job.text_dim, self.device)
         waiting: dict[ClipShape, list[tuple[Tensor, dict[str, Any]]]] = defaultdict(list)
         row = 0
-        for row in range(int(self.shards.rows_per_shard[task.shard])):
-            _note(task, row, row)
-            raw = self.shards.read(task.shard, row)
-            try:
-                if row in task.quarantined:
-                    raise DecodeError("the worker's process died at it, each time it was tried")
-                shape = variant.shape(raw, job.fps)
-                frames = read_clip(raw, self.decoder, shape.frames, shape.height, shape.width, job.fps)
-            except DecodeError as error:
+        for row, raw, clip in self._clips(task):
+            if isinstance(clip, DecodeError):
                 # addresses of objects would make two runs' bytes differ
-                dead.append({"row": row, "source": raw["source"], "reason": re.sub(r"0x[0-9a-f]+", "0x", str(error))})
+                dead.append({"row": row, "source": raw["source"], "reason": re.sub(r"0x[0-9a-f]+", "0x", str(clip))})
                 continue
-            waiting[shape].append((from_pixels(frames), raw))
+            shape = ClipShape(clip.shape[1], clip.shape[2], clip.shape[0])
+            waiting[shape].append((from_pixels(clip), raw))
             if len(waiting[shape]) == job.batch_size:
                 yield from self._encode_batch(task, row, encoder, shape, waiting.pop(shape))
         for shape in sorted(waiting):
             yield from self._encode_batch(task, row, encoder, shape, waiting[shape])
 
+    def _clips(self, task: Task) -> Iterator[tuple[int, dict[str, Any], np.ndarray | DecodeError]]:
+        """Number, raw record and decoded clip of all rows in order."""
+        job, variant = task.job, Variant.parse(task.job.variant)
+
+        def decode(row: int, raw: dict[str, Any]) -> np.ndarray | DecodeError:
+            try:
+                if row in task.quarantined:
+                    raise DecodeError("the worker's process died at it, each time it was tried")
+                shape = variant.shape(raw, job.fps)
+                assert self.decoder is not None
+                return read_clip(raw, self.decoder, shape.frames, shape.height, shape.width, job.fps)
+            except DecodeError as error:
+                return error
+
+        rows = range(int(self.shards.rows_per_shard[task.shard]))
+        if self._one_by_one(task):
+            for row in rows:
+                _note(task, row, row)
+                raw = self.shards.read(task.shard, row)
+                yield row, raw, decode(row, raw)
+            return
+        assert self.decoding is not None
+        ahead: deque[tuple[int, dict[str, Any], Future[np.ndarray | DecodeError]]] = deque()
+        for row in rows:
+            _note(task, SOME_ROW, row)
+            raw = self.shards.read(task.shard, row)
+            ahead.append((row, raw, self.decoding.submit(decode, row, raw)))
+            if len(ahead) > 2 * job.batch_size:
+                first, raw, clip = ahead.popleft()
+                yield first, raw, clip.result()
+        for row, raw, clip in ahead:
+            yield row, raw, clip.result()
+
+    def _one_by_one(self, task: Task) -> bool:
+        return self.decoding is None or task.one_by_one
+
     def _encode_batch(
         self, task: Task, row: int, encoder: TextEncoder, shape: ClipShape, batch: list[tuple[Tensor, dict[str, Any]]]
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        _note(task, NO_ROW, row)  # a crash in here (memory, a device) is no row's fault
+        # a crash in here (memory, a device) is no row's fault
+        _note(task, NO_ROW if self._one_by_one(task) else SOME_ROW, row)
         with torch.inference_mode():
             video = torch.stack([clip for clip, _ in batch]).to(self.device)  # [B, 3, 1+4n, H, W]
             latents, tokens = encode_clips(self.tokenizer, video)
@@ -225,7 +261,7 @@ def _note(task: Task, blame: int, row: int) -> None:
 
 
 def read_breadcrumb(task: Task) -> tuple[int, int]:
-    """(the row to blame if the worker has died, or NO_ROW; the row that it has come to)."""
+    """(the row to blame if the worker has died, NO_ROW or SOME_ROW; the row that it has come to)."""
     try:
         blame, row = task.breadcrumb.read_text().split()
         return int(blame), int(row)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -263,6 +264,35 @@ def test_a_row_that_kills_its_worker_is_set_aside_and_a_size_without_clips_is_an
     others = ("00000", "00001", "00003", "00004")
     same = {name: data for name, data in content(tmp_path / short).items() if name.startswith(others)}
     assert len(same) == 12 and same.items() <= content(undisturbed[0] / short).items()
+
+
+def test_decoding_ahead_as_beside_a_gpu_changes_no_byte(base: Path, undisturbed: tuple[Path, list], tmp_path: Path):
+    encoder, job, out = make_encoder(settings(base, tmp_path), VARIANTS[0])
+    encoder.decoding = ThreadPoolExecutor(2)
+    for shard in range(5):
+        encoder.encode(Task(job, str(out), shard, "try"))
+    written = {name: data for name, data in content(out).items() if not name.startswith(".tmp")}
+    assert len(written) == 15 and written.items() <= content(undisturbed[0] / VARIANTS[0]).items()
+
+
+def test_a_row_that_kills_a_worker_which_decodes_ahead_is_found_one_by_one(
+    base: Path, undisturbed: tuple[Path, list], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    deadly, poisoned = ShardFolder(base / "raw")[9]["video"], Poisoned
+
+    class PoisonedActor(EncodeActor):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.encoder.decoder = poisoned(choose_decoder("pyav"), deadly)
+            self.encoder.decoding = ThreadPoolExecutor(2)
+
+    monkeypatch.setattr(EncoderPool, "actor_class", PoisonedActor)
+    monkeypatch.setattr(encode_pool, "KILLS", 1)
+    [summary] = encode(settings(base, tmp_path, variants=VARIANTS[0], num_workers=1))
+    assert (summary.rows_out, summary.dead) == (18, 2)
+    letters = [json.loads(line) for line in (tmp_path / VARIANTS[0] / "dead_letter.jsonl").read_text().splitlines()]
+    assert [(letter["shard"], letter["row"]) for letter in letters] == [(1, 1), (2, 1)]
 
 
 def test_a_damaged_raw_shard_is_named(base: Path, tmp_path: Path):
