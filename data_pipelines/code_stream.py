@@ -275,6 +275,10 @@ class CodeStream:
         self.samples[source] += self.batch_sizes[source]
         return batch
 
+    def source_of(self, batch: CodeBatch) -> int:
+        """The number of the source that a batch of this stream was taken from."""
+        return int(np.searchsorted(self._batches.offsets, int(batch.sample_index[0]), side="right")) - 1
+
     def close(self) -> None:
         """Ends the worker processes; the next batch would start them again where this object stands."""
         self._iterator = None

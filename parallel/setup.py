@@ -98,6 +98,7 @@ class ProcessInfo:
         tensor_parallel_rank, pipeline_parallel_rank: its part of a layer, its stage.
         is_last_stage: whether it computes the loss.
         device: where its tensors live.
+        first_of_its_clips: whether it is the one to speak for all processes that share its part of the batch.
     """
 
     rank: int
@@ -108,6 +109,7 @@ class ProcessInfo:
     pipeline_parallel_rank: int
     is_last_stage: bool
     device: torch.device
+    first_of_its_clips: bool = True
 
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> None:
@@ -220,6 +222,13 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30.
         pipeline_parallel_rank=parallel_state.get_pipeline_model_parallel_rank(),
         is_last_stage=parallel_state.is_pipeline_last_stage(),
         device=device,
+        first_of_its_clips=not any(
+            (
+                parallel_state.get_tensor_model_parallel_rank(),
+                parallel_state.get_pipeline_model_parallel_rank(),
+                parallel_state.get_context_parallel_rank(),
+            )
+        ),
     )
 
 

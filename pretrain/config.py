@@ -159,6 +159,7 @@ class PretrainConfig:
         validate_every: steps between two validations, and one at the end of each stage; 0: none.
         validation_batches: global batches of a validation.
         log_every: steps between two lines of metrics.jsonl.
+        log_samples: for each step write which clips it trained on to samples-R.jsonl, R the data-parallel rank, to look into a step.
         data_workers: processes that read codes ahead; 0: none.
         shards_per_window: clips are shuffled within windows of so many shards.
     """
@@ -179,6 +180,7 @@ class PretrainConfig:
     validate_every: int = 0
     validation_batches: int = 4
     log_every: int = 10
+    log_samples: bool = False
     data_workers: int = 0
     shards_per_window: int = 32
 

@@ -27,6 +27,7 @@ from parallel.train_step import Microbatch, StepResult, build_model, build_optim
 from pretrain.bitwise_loss import bitwise_loss
 from pretrain.config import PretrainConfig
 from pretrain.objective import ObjectiveConfig, prepare
+from pretrain.sample_log import SampleLog
 from pretrain.schedule import learning_rate
 from pretrain.stages import Plan, StagePlan, layout_for, make_plan
 from tokenizer import settings
@@ -87,6 +88,8 @@ def pretrain(config: PretrainConfig) -> Position:
         out.mkdir(parents=True, exist_ok=True)
         settings.save(config, out / "config.yaml")
         trainer.log = MetricsLog(out, position.global_step, config.wandb, settings.to_dict(config))
+    if config.log_samples and info.first_of_its_clips:
+        trainer.samples = SampleLog(out, info.data_parallel_rank, info.data_parallel_size, position.global_step)
     try:
         with stop_on_sigterm() as stop:
             while position.stage < len(plan.stages):
@@ -97,6 +100,8 @@ def pretrain(config: PretrainConfig) -> Position:
     finally:
         if trainer.log is not None:
             trainer.log.close()
+        if trainer.samples is not None:
+            trainer.samples.close()
     return position
 
 
@@ -122,6 +127,7 @@ class Trainer:
         self.ema = Ema(self.chunks, optimizer.ema_decay) if optimizer.ema_decay else None
         self.saver = Saver(self.checkpoints, config.keep)
         self.log: MetricsLog | None = None
+        self.samples: SampleLog | None = None
 
     def restore(self) -> Position:
         """Loads the newest complete checkpoint, if there is one."""
@@ -144,8 +150,11 @@ class Trainer:
         with Meter(label, steps, done=step) if self.info.rank == 0 else nullcontext() as meter:
             while step < steps:
                 started = time.monotonic()
-                values = self._step(stage, next(stream), step, offset + step)
+                batch = next(stream)
+                values = self._step(stage, batch, step, offset + step)
                 step += 1
+                if self.samples is not None:
+                    self.samples.write(_head(stage, step, offset + step), stream.source_of(batch), batch)
                 stopping = stop.agreed()
                 self.saver.poll()
                 values |= {"seconds": time.monotonic() - started}

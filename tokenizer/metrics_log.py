@@ -43,7 +43,7 @@ class MetricsLog:
 
     def __init__(self, out: Path, finished: int, wandb: WandbConfig, config: dict[str, Any], key: str = "global_step"):
         self.file, self.key = out / "metrics.jsonl", key
-        _drop_after(self.file, finished, key)
+        drop_after(self.file, finished, key)
         self._out = self.file.open("a")
         self._run: Any = None
         if wandb.mode != "disabled":
@@ -95,7 +95,14 @@ def _start_wandb(out: Path, wandb: WandbConfig, config: dict[str, Any]) -> Any:
     return None
 
 
-def _drop_after(file: Path, finished: int, key: str) -> None:
+def drop_after(file: Path, finished: int, key: str) -> None:
+    """Takes from a file of JSON lines, if it is there, what a run that goes on will write again: later lines, and a line cut short.
+
+    Args:
+        file: of a run that may have been killed.
+        finished: steps of the checkpoint that the run goes on from.
+        key: the entry of each line that counts finished steps.
+    """
     if not file.exists():
         return
     kept = []
