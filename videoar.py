@@ -12,6 +12,7 @@ from pathlib import Path
 from tokenizer import settings
 from tokenizer.device import check_device
 from tokenizer.errors import UserError
+from tokenizer.launcher import end_with_launcher
 
 Handler = Callable[[argparse.Namespace, list[str]], None]
 
@@ -395,6 +396,7 @@ class _HelpSettings(argparse.Action):
 def main(words: list[str] | None = None) -> int:
     """Runs one sub-command; a mistake of the user's ends with one sentence and status 2."""
     words = sys.argv[1:] if words is None else words
+    end_with_launcher()
     parser = _parser()
     args, rest = parser.parse_known_args(words)
     if rest and not args.settings_class:
