@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-import tempfile
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from tokenizer.errors import UserError
+from tokenizer.files import write_whole
 
 T = TypeVar("T")
 
@@ -51,10 +51,7 @@ def load(kind: type[T], file: str | Path | None = None, overrides: Sequence[str]
 
 def save(config: Any, file: str | Path) -> None:
     """Writes a configuration as YAML that `load` reads back to an equal object; a reader never sees half of it."""
-    file = Path(file)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=f".{file.name}.", delete=False) as out:
-        yaml.safe_dump(to_dict(config), out, sort_keys=False)
-    Path(out.name).replace(file)
+    write_whole(Path(file), yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
