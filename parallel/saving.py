@@ -77,6 +77,8 @@ class Saver:
         self.directory, self.keep = Path(directory), keep
         self._pending: _Pending | None = None
         self._removal: threading.Thread | None = None
+        if dist.get_rank() == 0:
+            self._remove_left()  # a run that was killed after its last checkpoint saves no other
 
     def save(
         self,
@@ -168,9 +170,12 @@ class Saver:
 
     def _make_folder(self, step: int) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
+        self._remove_left()
+        self._temporary(step).mkdir()
+
+    def _remove_left(self) -> None:
         for left in self.directory.glob(".tmp-*"):
             shutil.rmtree(left, ignore_errors=True)
-        self._temporary(step).mkdir()
 
     def _complete(self, step: int, strategy: _Strategy, written: list[Any]) -> None:
         """On rank 0: index, marker, name; then what is older than `keep` goes."""
@@ -193,7 +198,7 @@ class Saver:
         self._removal.start()
 
     def _put_aside(self, folder: Path) -> Path:
-        """Renames a checkpoint so that nobody takes what is left of it for whole; the next save removes what a kill leaves."""
+        """Renames a checkpoint so that nobody takes what is left of it for whole; the next start removes what a kill leaves."""
         aside = folder.with_name(f".tmp-old-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         return folder.rename(aside)

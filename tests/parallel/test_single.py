@@ -167,6 +167,9 @@ def test_checkpoints_keep_the_newest_and_refuse_what_is_not_whole(info, tmp_path
     assert checkpoint.latest(tmp_path / "none") is None
     for step in (9, 10, 11):
         Saver(tmp_path, keep=2).save(step, chunks, optimizer, {"position": step})
+    for name in (".tmp-step-12", ".tmp-old-step-9"):  # what runs leave that are killed while they write or remove one
+        (tmp_path / name).mkdir()
+    Saver(tmp_path, keep=2)
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["step-10", "step-11"]
     assert json.loads((tmp_path / "step-11" / "complete.json").read_text()) == {"step": 11}
     assert checkpoint.load_common(tmp_path / "step-10") == {"position": 10}
