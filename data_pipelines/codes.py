@@ -14,18 +14,16 @@ clips of one shape are consecutive rows. Record of a clip:
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from streaming.base.storage import CloudDownloader
 from torch import Tensor
 
 from data_pipelines.random_access import ShardFolder
+from data_pipelines.remote import TIMEOUT, Remote, TimeLimit
 from tokenizer.clip_shape import TEMPORAL_COMPRESSION
 from tokenizer.codes import pack_tokens, unpack_tokens
 from tokenizer.errors import UserError
@@ -161,20 +159,27 @@ class CodeFolder:
         path: the folder, or a URL.
         expected_fingerprint: of the tokenizer in use; None: any.
         cache: where a remote folder's shards are kept.
+        timeout: seconds that opening the folder or reading a clip may take, downloads and their retries included.
 
     Raises:
         UserError: the folder is not finished, or codes are another tokenizer's.
     """
 
-    def __init__(self, path: str | Path, expected_fingerprint: str | None = None, cache: str | Path | None = None):
+    def __init__(
+        self,
+        path: str | Path,
+        expected_fingerprint: str | None = None,
+        cache: str | Path | None = None,
+        timeout: float = TIMEOUT,
+    ):
         self.path = str(path)
-        self.manifest = _fetch_manifest(self.path, cache)
+        self.manifest = _fetch_manifest(self.path, cache, timeout)
         if expected_fingerprint is not None and self.manifest.fingerprint != expected_fingerprint:
             raise UserError(
                 f"the codes in {path} were made by the tokenizer {self.manifest.fingerprint}, not by {expected_fingerprint}: "
                 "encode the clips again with this tokenizer, or name the codes that it made."
             )
-        self.shards = ShardFolder(path, cache)
+        self.shards = ShardFolder(path, cache, timeout)
         listed = (len(self.shards.shards), len(self.shards))
         if listed != (sum(bucket.shards for bucket in self.manifest.buckets), self.manifest.rows):
             raise UserError(
@@ -196,6 +201,7 @@ class CodeDataset(torch.utils.data.Dataset):
             1 + 4 (T - 1) frames). None: all.
         cache: where a remote folder's shards are kept.
         bucket: which shape; may be left out where there is one only.
+        timeout: seconds that opening the folder or reading a clip may take, downloads and their retries included.
 
     Raises:
         UserError: as `CodeFolder` does; or clips have fewer frames.
@@ -208,8 +214,9 @@ class CodeDataset(torch.utils.data.Dataset):
         num_frames: int | None = None,
         cache: str | Path | None = None,
         bucket: int | None = None,
+        timeout: float = TIMEOUT,
     ):
-        folder = path if isinstance(path, CodeFolder) else CodeFolder(path, expected_fingerprint, cache)
+        folder = path if isinstance(path, CodeFolder) else CodeFolder(path, expected_fingerprint, cache, timeout)
         self.path, self.manifest, self.shards = folder.path, folder.manifest, folder.shards
         buckets = self.manifest.buckets
         if bucket is None and len(buckets) != 1:
@@ -231,9 +238,13 @@ class CodeDataset(torch.utils.data.Dataset):
         return self.bucket.rows
 
     def __getitem__(self, row: int) -> dict[str, Any]:
+        return self.get(row)
+
+    def get(self, row: int, limit: TimeLimit | None = None) -> dict[str, Any]:
+        """Item `row` within what is left of a time that several clips share."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)} in {self.path}")
-        record, bucket = self.shards[self.first_row + row], self.bucket
+        record, bucket = self.shards.get(self.first_row + row, limit), self.bucket
         tokens = unpack_tokens(record["packed"], bucket.num_frames, self.schedule, self.manifest.dim)
         latent = None
         if self.manifest.has_latents:
@@ -255,22 +266,8 @@ def _floats(stored: bytes) -> Tensor:
     return torch.from_numpy(np.frombuffer(stored, dtype=np.float16).astype(np.float32))
 
 
-def _fetch_manifest(path: str, cache: str | Path | None) -> Manifest:
+def _fetch_manifest(path: str, cache: str | Path | None, timeout: float) -> Manifest:
     if cache is None:
         return Manifest.read(path)
-    local = Path(cache) / MANIFEST
-    local.parent.mkdir(parents=True, exist_ok=True)
-    remote = f"{path.rstrip('/')}/{MANIFEST}"
-    try:
-        # always anew: a cache that another set of codes has filled must not answer for this one
-        part = local.with_name(f".{MANIFEST}.{uuid.uuid4().hex}")
-        CloudDownloader.get(path).download(remote, str(part), 300)
-        if local.is_file() and local.read_bytes() != part.read_bytes():
-            part.unlink()
-            raise UserError(f"the cache {cache} holds other codes than {path}: empty it or name another cache folder.")
-        os.replace(part, local)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{remote} can't be fetched ({str(error)[:200]}): check the address and that encoding has finished."
-        ) from error
+    Remote(path).fetch_index(MANIFEST, Path(cache), TimeLimit(timeout))
     return Manifest.read(cache)
