@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from data_pipelines.codes import CodeDataset, CodeFolder
+from data_pipelines.read_ahead import ReadAhead
+from data_pipelines.remote import TIMEOUT, TimeLimit
 from tokenizer.codes import Codes
 from tokenizer.errors import UserError
 from tokenizer.scales import ScaleSchedule
-
-WORKER_TIMEOUT = 600  # seconds without a batch after which a loader with workers gives up
 
 
 @dataclass(frozen=True)
@@ -176,16 +176,16 @@ def _permutation(count: int, key: tuple[int, ...]) -> np.ndarray:
 class _Batches(Dataset):
     """Item (source, first, stop): the clips at these positions of that source's order."""
 
-    def __init__(self, datasets: list[CodeDataset], orders: list[ShuffledRows], max_text_length: int):
-        self.datasets, self.orders, self.max_text_length = datasets, orders, max_text_length
+    def __init__(self, datasets: list[CodeDataset], orders: list[ShuffledRows], max_text_length: int, timeout: float):
+        self.datasets, self.orders, self.max_text_length, self.timeout = datasets, orders, max_text_length, timeout
         self.offsets = np.cumsum([0] + [len(dataset) for dataset in datasets])
 
     def __getitem__(self, item: tuple[int, int, int]) -> CodeBatch:
         source, first, stop = item
-        samples = []
+        samples, limit = [], TimeLimit(self.timeout)
         for position in range(first, stop):
             epoch, row = self.orders[source][position]
-            sample = self.datasets[source][row]
+            sample = self.datasets[source].get(row, limit)
             # two sources may share a folder (images and clips): their random draws must differ all the same
             samples.append(sample | {"sample_index": row + int(self.offsets[source]), "epoch": epoch})
         return collate(samples, self.max_text_length, self.datasets[source].schedule)
@@ -203,9 +203,11 @@ class CodeStream:
         fingerprint: of the tokenizer in use: codes of another one are refused; None: any.
         shards_per_window: see the head of this file; 0: in stored order (validation).
         num_workers: processes that read ahead; 0: read in this one.
+        timeout: seconds that a batch may take, downloads and their retries included.
 
     Raises:
-        UserError: no source, a batch size that the ranks don't divide, or what `CodeDataset` refuses.
+        UserError: no source, a batch size that the ranks don't divide, or what `CodeDataset` refuses; while reading, a shard that
+            can't be read or had in time, or a worker process that died or hangs.
     """
 
     def __init__(
@@ -220,6 +222,7 @@ class CodeStream:
         fingerprint: str | None = None,
         shards_per_window: int = 32,
         num_workers: int = 0,
+        timeout: float = TIMEOUT,
     ):
         if not sources or min(source.proportion for source in sources) <= 0:
             raise UserError(
@@ -232,9 +235,9 @@ class CodeStream:
                     f"a global batch of {clips} clips can't be shared by {size} data-parallel ranks: choose a multiple of {size}."
                 )
         self.sources, self.rank, self.size = list(sources), rank, size
-        self.seed, self.num_workers = seed, num_workers
+        self.seed, self.num_workers, self.timeout = seed, num_workers, timeout
         places = {(source.path, source.cache) for source in sources}
-        folders = {(path, cache): CodeFolder(path, fingerprint, cache) for path, cache in sorted(places, key=str)}
+        folders = {(path, cache): CodeFolder(path, fingerprint, cache, timeout) for path, cache in sorted(places, key=str)}
         self.datasets = [
             CodeDataset(folders[s.path, s.cache], num_frames=s.num_latent_frames, bucket=s.bucket) for s in sources
         ]
@@ -251,7 +254,7 @@ class CodeStream:
             ShuffledRows(dataset.rows_per_shard, (seed, number), shards_per_window)
             for number, dataset in enumerate(self.datasets)
         ]
-        self._batches = _Batches(self.datasets, orders, max_text_length)
+        self._batches = _Batches(self.datasets, orders, max_text_length, timeout)
         self._shares = np.array([source.proportion for source in sources]) / sum(
             source.proportion for source in sources
         )
@@ -269,7 +272,11 @@ class CodeStream:
     def __next__(self) -> CodeBatch:
         if self._iterator is None:
             self._iterator = self._read()
-        batch = next(self._iterator)
+        try:
+            batch = next(self._iterator)
+        except Exception:
+            self.close()  # whoever goes on all the same gets the batch that could not be read
+            raise
         # counted when handed out: what workers have read ahead is read again after a resume
         source = _next_source(self._shares, self.samples, self.batch_sizes)
         self.samples[source] += self.batch_sizes[source]
@@ -326,14 +333,8 @@ class CodeStream:
         plan = _plan(self._shares, self.samples, self.batch_sizes, self.rank, self.size)
         if not self.num_workers:
             return map(self._batches.__getitem__, plan)
-        loader = DataLoader(
-            self._batches,
-            sampler=plan,  # type: ignore[arg-type]
-            batch_size=None,
-            num_workers=self.num_workers,
-            timeout=WORKER_TIMEOUT,
-        )
-        return iter(loader)
+        paths = ", ".join(dict.fromkeys(source.path for source in self.sources))
+        return ReadAhead(self._batches, plan, self.num_workers, self.timeout, paths)
 
 
 def _next_source(shares: np.ndarray, samples: Sequence[int], batch_sizes: Sequence[int]) -> int:

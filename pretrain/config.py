@@ -161,6 +161,7 @@ class PretrainConfig:
         log_every: steps between two lines of metrics.jsonl.
         log_samples: for each step write which clips it trained on to samples-R.jsonl, R the data-parallel rank, to look into a step.
         data_workers: processes that read codes ahead; 0: none.
+        data_timeout: seconds that a batch may take, downloads and their retries included, before the run stops.
         shards_per_window: clips are shuffled within windows of so many shards.
     """
 
@@ -182,6 +183,7 @@ class PretrainConfig:
     log_every: int = 10
     log_samples: bool = False
     data_workers: int = 0
+    data_timeout: float = 600.0
     shards_per_window: int = 32
 
     def __post_init__(self) -> None:
@@ -189,6 +191,7 @@ class PretrainConfig:
             raise UserError("a pretraining run needs at least one stage: list them under `stages`.")
         counts = ("checkpoint_every", "keep", "validation_batches", "log_every", "shards_per_window")
         check_each(self, counts, lambda value: value >= 1, "be at least 1")
+        check_each(self, ("data_timeout",), lambda value: value > 0, "be above 0")
 
     def rooted(self) -> PretrainConfig:
         """The same run with every relative path joined to `root`; URLs stay."""

@@ -58,6 +58,7 @@ class StagePlan:
             max_text_length=run.network.max_text_length,
             shards_per_window=run.shards_per_window,
             num_workers=run.data_workers,
+            timeout=run.data_timeout,
         )
 
     def validation_stream(self, run: PretrainConfig, rank: int, size: int) -> CodeStream | None:
@@ -71,6 +72,7 @@ class StagePlan:
             size=size,
             max_text_length=run.network.max_text_length,
             shards_per_window=0,
+            timeout=run.data_timeout,
         )
 
 
@@ -117,14 +119,14 @@ def make_plan(run: PretrainConfig) -> Plan:
     fingerprint, residual_down = read_tokenizer(run.tokenizer)
     stages: list[StagePlan] = []
     for index, stage in enumerate(run.stages):
-        groups = [_datasets(source, fingerprint) for source in stage.codes]
+        groups = [_datasets(source, fingerprint, run.data_timeout) for source in stage.codes]
         datasets = [dataset for group in groups for dataset in group]
         _check_spread(stage, datasets)
         sources = [one for source, group in zip(stage.codes, groups) for one in _sources(stage, source, group)]
         validation: list[Source] = []
         if stage.validation is not None:
             held_out = SourceConfig(stage.validation, max(dataset.num_frames for dataset in datasets))
-            validation = _sources(stage, held_out, _datasets(held_out, fingerprint))
+            validation = _sources(stage, held_out, _datasets(held_out, fingerprint, run.data_timeout))
         manifests = tuple(dataset.manifest for dataset in datasets)
         model = _model_config(run, stage, datasets, stages[-1].model if stages else None)
         objective = ObjectiveConfig(
@@ -219,9 +221,9 @@ def _check_spread(stage: StageConfig, datasets: Sequence[CodeDataset]) -> None:
     )
 
 
-def _datasets(source: SourceConfig, fingerprint: str) -> list[CodeDataset]:
+def _datasets(source: SourceConfig, fingerprint: str, timeout: float) -> list[CodeDataset]:
     """The clips of a folder by shape; with `num_frames`, those that have so many."""
-    folder = CodeFolder(source.dir, fingerprint, source.cache)
+    folder = CodeFolder(source.dir, fingerprint, source.cache, timeout)
     lengths, wanted = [bucket.num_frames for bucket in folder.manifest.buckets], source.num_frames
     if wanted is not None and not 1 <= wanted <= max(lengths):
         raise UserError(

@@ -1,0 +1,137 @@
+"""Batches that worker processes read ahead, every failure in time and in plain words.
+
+torch's DataLoader notices by SIGCHLD that a worker has died, but says so wherever the main thread is, without a remedy. It puts a
+worker's traceback in front of a worker's error. Its time limit does not count while it waits for the memory of a batch that a
+worker has announced; a worker that is stopped then stops the training for ever.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from tokenizer.errors import UserError
+
+GRACE = 5.0
+"""Seconds by which the reader outwaits its workers, whose own errors say what they could not read."""
+
+
+class ReadAhead(Iterator[Any]):
+    """The items of a dataset in a given order.
+
+    Args:
+        dataset: of whole batches.
+        plan: the items, without end.
+        num_workers: processes, at least 1.
+        timeout: seconds that a worker may take for a batch before it raises an error of its own.
+        what: names what is read, for messages.
+
+    Raises:
+        UserError: while reading, one that a worker raised, or a worker died or hangs. The workers have ended then.
+    """
+
+    def __init__(self, dataset: Dataset[Any], plan: Iterable[Any], num_workers: int, timeout: float, what: str):
+        self.timeout, self.what = timeout, what
+        loader = DataLoader(
+            dataset,
+            sampler=plan,  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=num_workers,
+            timeout=timeout + GRACE,
+        )
+        others = set(multiprocessing.active_children())
+        self._iterator = iter(loader)
+        self._workers = [process for process in multiprocessing.active_children() if process not in others]
+        self._killed = False
+        _LostWorker.watch(what)
+
+    def __next__(self) -> Any:
+        killer = threading.Timer(self.timeout + 2 * GRACE, self._kill)
+        killer.daemon = True
+        killer.start()
+        try:
+            return next(self._iterator)
+        except Exception as error:
+            self._end(error)
+            if (explained := self._explained(error)) is None:
+                raise
+            raise explained from error
+        finally:
+            killer.cancel()
+
+    def _kill(self) -> None:
+        self._killed = True
+        for worker in self._workers:
+            worker.kill()
+
+    def _end(self, error: Exception) -> None:
+        """Ends the workers without waiting for what they are at, which an outage may make long."""
+        for worker in self._workers:
+            worker.terminate()
+            with suppress(ProcessLookupError):  # it is dead already
+                os.kill(worker.pid or 0, signal.SIGCONT)  # one that was stopped would not take the first signal
+        # torch's error refers to itself through its frames, and to the iterator: the garbage collector would join the workers
+        # at any later time, in any thread
+        for each in (error, error.__cause__):
+            traceback.clear_frames(each.__traceback__ if each else None)
+        self._iterator = iter(())
+
+    def _explained(self, error: Exception) -> UserError | None:
+        """torch's error in our words; None for one that is a fault of the program."""
+        text = str(error)
+        if "Original Traceback" in text:  # a worker's own
+            return UserError(text.rpartition("UserError: ")[2].strip()) if isinstance(error, UserError) else None
+        about_workers = isinstance(error, RuntimeError) and text.startswith("DataLoader")
+        if self._killed or (about_workers and "timed out" in text):
+            return UserError(
+                f"no batch of {self.what} came within {self.timeout:g} s, and the processes that read it say nothing: "
+                "look at the machine and its disks, or allow more time (data_timeout)."
+            )
+        if isinstance(error, UserError):
+            return error
+        if isinstance(error.__cause__, UserError):  # `_LostWorker` knows more
+            return error.__cause__
+        lost = about_workers or isinstance(error, (OSError, EOFError))  # the latter: it died while it sent a batch
+        return _lost(error, self.what) if lost else None
+
+
+class _LostWorker:
+    """Handles SIGCHLD: torch's handler in our words.
+
+    Args:
+        raising: torch's.
+        what: the workers read.
+    """
+
+    def __init__(self, raising: Any, what: str):
+        self.raising, self.what = raising, what
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        try:
+            self.raising(number, frame)
+        except RuntimeError as error:
+            raise _lost(error, self.what) from error
+
+    @classmethod
+    def watch(cls, what: str) -> None:
+        """To be called when the workers have started. Only the main thread can have a handler; in another one the loader's time
+        limit finds the death."""
+        if threading.current_thread() is threading.main_thread():
+            handler = signal.getsignal(signal.SIGCHLD)
+            signal.signal(signal.SIGCHLD, cls(handler.raising if isinstance(handler, cls) else handler, what))
+
+
+def _lost(error: Exception, what: str) -> UserError:
+    return UserError(
+        f"a process that read {what} ahead has died ({' '.join(str(error).split()).rstrip('. ')}): if memory ran out, use fewer "
+        "data_workers; start again, and the run goes on from its last checkpoint."
+    )
