@@ -23,7 +23,7 @@ from tokenizer.errors import UserError
 
 DESCRIPTION = Path(__file__).with_name("jobs") / "encode.yaml"
 STOPPED = 3  # as of every command that stopped before its end and can go on
-PATHS = ("shards", "tokenizer", "out")
+PATHS = ("shards", "cache", "tokenizer", "out")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class RayJobConfig:
             UserError: a path is not absolute.
         """
         for name in PATHS:
-            _check_absolute(f"--{name}", encode[name])
+            _check_absolute(f"--{name}", encode[name] or "/")
         kind, sign, folder = str(encode["text_encoder"]).partition(":")
         if sign:
             _check_absolute(f"the folder of --text_encoder {kind}:", folder)
@@ -176,7 +176,7 @@ def _exit_status(info: Any) -> int:
 
 
 def _check_absolute(what: str, path: str) -> None:
-    if not os.path.isabs(path):
+    if not os.path.isabs(path) and "://" not in path:
         raise UserError(f"{what} is '{path}': give an absolute path, one that every node of the cluster sees.")
 
 

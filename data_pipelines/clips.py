@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from data_pipelines.decode import DecodeError, Decoder, choose_decoder
 from data_pipelines.random_access import ShardFolder
+from data_pipelines.remote import TIMEOUT
 from data_pipelines.sampling import Start, sample_times
 from tokenizer.clip_shape import check_clip_shape
 from tokenizer.errors import UserError
@@ -65,6 +66,7 @@ class ClipDataset(torch.utils.data.Dataset):
         seed: of random starts.
         decoder: see `choose_decoder`.
         cache: a local folder for a remote folder's shards.
+        timeout: seconds that a clip may take, the download of its shard included.
 
     Raises:
         UserError: an impossible shape, or no shards; while reading, a shard that is missing or damaged, or no record that
@@ -81,13 +83,14 @@ class ClipDataset(torch.utils.data.Dataset):
         seed: int = 0,
         decoder: str = "auto",
         cache: str | Path | None = None,
+        timeout: float = TIMEOUT,
     ):
         self.num_frames, self.fps, self.seed = num_frames, fps, seed
         self.start: Start = start
         self.height, self.width = (size, size) if isinstance(size, int) else size
         check_clip_shape(num_frames, self.height, self.width)
         self.epoch = 0
-        self.shards = ShardFolder(path, cache)
+        self.shards = ShardFolder(path, cache, timeout)
         self.decoder = choose_decoder(decoder)
 
     def set_epoch(self, epoch: int) -> None:

@@ -237,7 +237,9 @@ class CodeStream:
         self.sources, self.rank, self.size = list(sources), rank, size
         self.seed, self.num_workers, self.timeout = seed, num_workers, timeout
         places = {(source.path, source.cache) for source in sources}
-        folders = {(path, cache): CodeFolder(path, fingerprint, cache, timeout) for path, cache in sorted(places, key=str)}
+        folders = {
+            (path, cache): CodeFolder(path, fingerprint, cache, timeout) for path, cache in sorted(places, key=str)
+        }
         self.datasets = [
             CodeDataset(folders[s.path, s.cache], num_frames=s.num_latent_frames, bucket=s.bucket) for s in sources
         ]

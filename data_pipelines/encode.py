@@ -20,13 +20,15 @@ from typing import Any, Literal
 
 from data_pipelines.codes import MANIFEST, Bucket, Manifest
 from data_pipelines.encode_worker import TEMPORARY, Job, Task, shard_receipt
-from data_pipelines.random_access import ShardFolder
+from data_pipelines.random_access import INDEX, ShardFolder
+from data_pipelines.remote import TIMEOUT, Remote, TimeLimit
 from data_pipelines.shard_index import merge_indexes
 from data_pipelines.shards import read_shards_receipt
 from data_pipelines.variants import Variant
 from tokenizer import UserError, VideoTokenizer
 from tokenizer.clip_shape import ClipShape
 from tokenizer.files import write_whole
+from tokenizer.receipts import RECEIPT
 from tokenizer.text import text_encoder
 
 JOB = "job.json"
@@ -38,7 +40,8 @@ class EncodeConfig:
     """Settings of `videoar encode`.
 
     Args:
-        shards: folder of raw shards (`videoar shards`).
+        shards: folder of raw shards (`videoar shards`), or its URL.
+        cache: a local folder, on each node its own, for the shards of a URL.
         tokenizer: folder of a trained tokenizer.
         out: where the code shards go, one folder a variant.
         variants: shapes of the clips, each HEIGHTxWIDTHxFRAMES, or SIDExFRAMES at each clip's own aspect ratio; FRAMES may list lengths,
@@ -69,6 +72,7 @@ class EncodeConfig:
     threads: int = 1
     device: str = "cpu"
     ray_address: str | None = None
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         if not self.sizes or len(set(self.sizes)) < len(self.sizes):
@@ -116,12 +120,15 @@ def encode(config: EncodeConfig) -> list[EncodeSummary]:
     """
     config = replace(
         config,
-        shards=os.path.abspath(config.shards),
+        shards=config.shards if "://" in config.shards else os.path.abspath(config.shards),
+        cache=config.cache and os.path.abspath(config.cache),
         tokenizer=os.path.abspath(config.tokenizer),
         out=os.path.abspath(config.out),
     )
-    classes = read_shards_receipt(Path(config.shards))["classes"]
-    raw = ShardFolder(config.shards)
+    if config.cache is not None:
+        Remote(config.shards).fetch_index(RECEIPT, Path(config.cache), TimeLimit(TIMEOUT))
+    classes = read_shards_receipt(Path(config.cache or config.shards))["classes"]
+    raw = ShardFolder(config.shards, config.cache)
     tokenizer = VideoTokenizer.from_pretrained(config.tokenizer)
     jobs = [make_job(config, tokenizer.fingerprint, variant) for variant in config.sizes]
     folders = [Path(config.out, variant) for variant in config.sizes]
@@ -137,9 +144,8 @@ def encode(config: EncodeConfig) -> list[EncodeSummary]:
         # Ray takes seconds to start, so only for work that is there
         from data_pipelines.encode_pool import EncoderPool
 
-        with EncoderPool(
-            config.shards, config.tokenizer, config.device, config.num_workers, config.threads, config.ray_address
-        ) as pool:
+        worker = (config.shards, config.tokenizer, config.device, config.threads, config.cache)
+        with EncoderPool(worker, config.device, config.num_workers, config.threads, config.ray_address) as pool:
             pool.run(tasks, raw.rows_per_shard.tolist())
     summaries = []
     for folder, job, done in zip(folders, jobs, done_before):
@@ -157,7 +163,7 @@ def encode(config: EncodeConfig) -> list[EncodeSummary]:
 
 def make_job(config: EncodeConfig, fingerprint: str, variant: str) -> Job:
     """What decides the content of a variant's code shards."""
-    index = Path(config.shards, "index.json").read_bytes()
+    index = Path(config.cache or config.shards, INDEX).read_bytes()
     return Job(
         variant=variant,
         shards=hashlib.sha256(index).hexdigest()[:16],
@@ -227,8 +233,9 @@ def _finish(folder: Path, job: Job, raw: ShardFolder, classes: list[str], tokeni
         classes=classes,
     )
     assert manifest.rows == rows_out
-    write_whole(folder / MANIFEST, manifest.to_json())
+    # before the manifest: a run that is killed right after it finds nothing to do when it is started again
     shutil.rmtree(folder / TEMPORARY, ignore_errors=True)
+    write_whole(folder / MANIFEST, manifest.to_json())
 
 
 def _merge(folder: Path, receipts: list[dict[str, Any]], tokenizer: VideoTokenizer) -> list[Bucket]:

@@ -52,8 +52,8 @@ def start_ray(num_cpus: int) -> str:
 class EncodeActor:
     """A `ShardEncoder` in a process of its own."""
 
-    def __init__(self, shards: str, tokenizer: str, device: str, threads: int):
-        self.encoder = ShardEncoder(shards, tokenizer, device, threads)
+    def __init__(self, *arguments: Any):
+        self.encoder = ShardEncoder(*arguments)
 
     def ready(self) -> str:
         """The Ray node's id, once the tokenizer is loaded."""
@@ -68,8 +68,7 @@ class EncoderPool:
     """Workers that encode tasks; use it in a `with` block.
 
     Args:
-        shards: folder of raw shards.
-        tokenizer: folder of the tokenizer.
+        arguments: of each worker's `ShardEncoder`.
         device: "cpu", or "cuda" for one GPU a worker.
         num_workers: 0: as many as there is room for.
         threads: CPU threads of a worker.
@@ -79,9 +78,14 @@ class EncoderPool:
     actor_class = EncodeActor
 
     def __init__(
-        self, shards: str, tokenizer: str, device: str, num_workers: int, threads: int, ray_address: str | None = None
+        self,
+        arguments: tuple[Any, ...],
+        device: str,
+        num_workers: int,
+        threads: int,
+        ray_address: str | None = None,
     ):
-        self.arguments = (shards, tokenizer, device, threads)
+        self.arguments = arguments
         self.device, self.num_workers, self.threads = device, num_workers, threads
         self.ray_address = ray_address
         self.actors: list[Any] = []

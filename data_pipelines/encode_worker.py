@@ -106,15 +106,16 @@ class ShardEncoder:
     """Encodes raw shards; holds the tokenizer and the text encoder.
 
     Args:
-        shards: folder of raw shards.
+        shards: folder of raw shards, or its URL.
         tokenizer: folder of the tokenizer.
         device: "cpu" or "cuda".
         threads: of torch, in this process; and on a GPU, which leaves the CPU free, as many more that decode ahead.
+        cache: a local folder for the shards of a URL.
     """
 
-    def __init__(self, shards: str, tokenizer: str, device: str, threads: int):
+    def __init__(self, shards: str, tokenizer: str, device: str, threads: int, cache: str | None = None):
         torch.set_num_threads(threads)
-        self.shards = ShardFolder(shards)
+        self.shards = ShardFolder(shards, cache)
         self.decoder: Decoder | None = None  # as the first task's job has it
         self.decoding = ThreadPoolExecutor(threads) if device == "cuda" else None
         self.tokenizer = VideoTokenizer.from_pretrained(tokenizer, device)

@@ -109,6 +109,7 @@ class StageConfig:
         condition_dropout: probability that a clip's text is replaced by the null sequence.
         token_weight: "uniform" or "scale" (sqrt(HW / H_k W_k)).
         validation: a folder of code shards for validation, those of its clips that have the stage's largest number of frames; null: none.
+        validation_cache: a local folder for its shards where it is a URL.
     """
 
     name: str
@@ -124,6 +125,7 @@ class StageConfig:
     condition_dropout: float = 0.1
     token_weight: TokenWeight = "uniform"
     validation: str | None = None
+    validation_cache: str | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.micro_batch_size < 1 or self.global_batch_size % self.micro_batch_size:
@@ -207,6 +209,7 @@ class PretrainConfig:
                     for source in stage.codes
                 ),
                 validation=None if stage.validation is None else join(stage.validation),
+                validation_cache=None if stage.validation_cache is None else join(stage.validation_cache),
             )
             for stage in self.stages
         )

@@ -125,7 +125,8 @@ def make_plan(run: PretrainConfig) -> Plan:
         sources = [one for source, group in zip(stage.codes, groups) for one in _sources(stage, source, group)]
         validation: list[Source] = []
         if stage.validation is not None:
-            held_out = SourceConfig(stage.validation, max(dataset.num_frames for dataset in datasets))
+            longest = max(dataset.num_frames for dataset in datasets)
+            held_out = SourceConfig(stage.validation, longest, cache=stage.validation_cache)
             validation = _sources(stage, held_out, _datasets(held_out, fingerprint, run.data_timeout))
         manifests = tuple(dataset.manifest for dataset in datasets)
         model = _model_config(run, stage, datasets, stages[-1].model if stages else None)

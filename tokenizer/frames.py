@@ -54,6 +54,7 @@ class Scaler:
     def __init__(self, height: int, width: int):
         self.height, self.width = height, width
         self._reformatter = VideoReformatter()
+        self._seen: tuple[int, int, int] | None = None  # height, width and rotation of the last frame
 
     def __call__(self, frame: av.VideoFrame, out: np.ndarray | None = None) -> np.ndarray:
         """Scales a frame.
@@ -65,30 +66,32 @@ class Scaler:
         Returns:
             uint8 [height, width, 3], RGB, a view of planes in memory.
         """
-        height, width = self.height, self.width
-        planes = np.empty((3, height, width), dtype=np.uint8) if out is None else out
-        quarter_turns = round(frame.rotation / 90) % 4  # counter-clockwise
-        if quarter_turns % 2:
-            height, width = width, height
-        scale = max(height / frame.height, width / frame.width)
-        tall = max(height, round(frame.height * scale))
-        wide = max(width, round(frame.width * scale))
-        scaled = self._reformatter.reformat(
-            frame,
-            width=wide,
-            height=tall,
-            format="gbrp",  # three times as fast as packed pixels, and what the networks want
-            interpolation=DOWN if scale < 1 else UP,
-            threads=1,
-        )
-        top, left = (tall - height) // 2, (wide - width) // 2
+        planes = np.empty((3, self.height, self.width), dtype=np.uint8) if out is None else out
+        if self._seen != (seen := (frame.height, frame.width, frame.rotation)):
+            self._seen = seen
+            self._plan(*seen)
+        tall, wide, kind = self._size
+        # planes come three times as fast as packed pixels, and are what the networks want
+        scaled = self._reformatter.reformat(frame, wide, tall, "gbrp", None, None, kind, threads=1)
+        rows, columns = self._crop
         for plane, channel in zip(scaled.planes, (1, 2, 0)):
-            pixels = np.frombuffer(memoryview(plane), dtype=np.uint8).reshape(
-                -1, plane.line_size
-            )  # [tall, wide and padding]
-            pixels = pixels[top : top + height, left : left + width]
-            planes[channel] = np.rot90(pixels, quarter_turns) if quarter_turns else pixels
+            pixels = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)  # [tall, wide and padding]
+            pixels = pixels[rows, columns]
+            planes[channel] = np.rot90(pixels, self._quarter_turns) if self._quarter_turns else pixels
         return planes.transpose(1, 2, 0)
+
+    def _plan(self, frame_height: int, frame_width: int, rotation: int) -> None:
+        """What to do with frames of this size."""
+        height, width = self.height, self.width
+        self._quarter_turns = round(rotation / 90) % 4  # counter-clockwise
+        if self._quarter_turns % 2:
+            height, width = width, height
+        scale = max(height / frame_height, width / frame_width)
+        tall = max(height, round(frame_height * scale))
+        wide = max(width, round(frame_width * scale))
+        self._size = (tall, wide, DOWN if scale < 1 else UP)
+        top, left = (tall - height) // 2, (wide - width) // 2
+        self._crop = (slice(top, top + height), slice(left, left + width))
 
 
 def to_array(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:

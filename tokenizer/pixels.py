@@ -9,7 +9,9 @@ from torch import Tensor
 
 def from_pixels(frames: np.ndarray, device: str | torch.device = "cpu") -> Tensor:
     """uint8 [..., T, H, W, 3] -> float32 [..., 3, T, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.require(frames, requirements=["C", "W"])).to(device).movedim(-1, -4).float() / 127.5 - 1
+    if not frames.flags.writeable or min(frames.strides) < 0:
+        frames = frames.copy()  # torch takes no others
+    return torch.from_numpy(frames).to(device).movedim(-1, -4).float() / 127.5 - 1
 
 
 def to_pixels(video: Tensor) -> np.ndarray:

@@ -26,18 +26,20 @@ import pytest
 import torch
 from google.api_core import exceptions as google
 from streaming import MDSWriter
-from streaming.base.util import merge_index
 
 from data_pipelines import read_ahead, remote
 from data_pipelines.clips import ClipDataset
 from data_pipelines.code_stream import CodeBatch, CodeStream, Source
 from data_pipelines.codes import CodeDataset
+from data_pipelines.encode import EncodeConfig
 from data_pipelines.random_access import HASH, ShardFolder
+from data_pipelines.shard_index import merge_indexes
 from data_pipelines.shard_part import ShardsConfig
 from data_pipelines.shards import write_shards
 from pretrain.config import PretrainConfig, SourceConfig, StageConfig
 from pretrain.stages import make_plan
 from tests.data_pipelines.code_folders import FRAMES, write_code_folder
+from tests.data_pipelines.encode_here import encode_here
 from tests.data_pipelines.media import write_video
 from tests.data_pipelines.s3_server import ENVIRONMENT, Relay, S3Server, free_port
 from tests.pretrain.tiny import write_codes, write_tokenizer
@@ -72,7 +74,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(4):
         with MDSWriter(columns={"noise": "bytes"}, out=str(bucket / "large" / f"{number}"), hashes=[HASH]) as writer:
             writer.write({"noise": np.random.default_rng(number).bytes(300_000)})
-    merge_index([str(bucket / "large" / f"{number}" / "index.json") for number in range(4)], str(bucket / "large"))
+    merge_indexes(bucket / "large", [f"{number}" for number in range(4)])
     return folder
 
 
@@ -153,6 +155,22 @@ def test_clips_and_codes_of_s3_are_those_of_the_local_folder(bucket: Path, undis
         assert all(torch.equal(mine.pop(name), theirs.pop(name)) for name in ("tokens", "latent", "text"))
         assert mine == theirs
     assert contents(open_stream(tmp_path / "codes"), BATCHES) == undisturbed  # some shards are in the cache already
+
+
+def test_raw_shards_of_s3_are_encoded_to_the_same_bytes(bucket: Path, store: Path, tmp_path: Path):
+    written = {}
+    for name, shards, cache in (
+        ("near", str(bucket / "clips"), None),
+        ("far", "s3://bucket/clips", str(tmp_path / "c")),
+    ):
+        config = EncodeConfig(
+            shards, str(store / "tokenizer"), str(tmp_path / name), "32x32x5", batch_size=2, cache=cache
+        )
+        [summary] = encode_here(config)
+        assert (summary.rows_in, summary.rows_out) == (3, 3)
+        out = tmp_path / name / "32x32x5"
+        written[name] = {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    assert written["near"] == written["far"] and "codes.json" in written["far"]
 
 
 @pytest.mark.parametrize("main", ["waits", "works"])

@@ -11,13 +11,14 @@ from data_pipelines.clips import read_clip
 from data_pipelines.code_stream import CodeStream, Source
 from data_pipelines.codes import CodeDataset, CodeFolder
 from data_pipelines.decode import choose_decoder
-from data_pipelines.encode import EncodeConfig, encode, make_job
+from data_pipelines.encode import EncodeConfig, make_job
 from data_pipelines.encode_worker import ShardEncoder, Task
 from data_pipelines.random_access import ShardFolder
 from data_pipelines.sampling import ClipTooShort
 from data_pipelines.shard_part import ShardsConfig
 from data_pipelines.shards import write_shards
 from data_pipelines.variants import LARGEST_RATIO, Variant, nearest_size, sizes
+from tests.data_pipelines.encode_here import encode_here
 from tests.data_pipelines.media import write_video
 from tests.data_pipelines.test_encode import content, make_tokenizer
 from tokenizer import UserError, VideoTokenizer
@@ -109,19 +110,8 @@ def mixed(tmp_path_factory) -> EncodeConfig:
     )
 
 
-def run(config: EncodeConfig) -> None:
-    """Without Ray, which other tests use: `encode` only has to finish."""
-    worker = ShardEncoder(config.shards, config.tokenizer, "cpu", threads=1)
-    job = make_job(config, worker.tokenizer.fingerprint, "64x5+9")
-    for shard in range(3):
-        worker.encode(Task(job, f"{config.out}/64x5+9", shard, "try"))
-
-
-def test_codes_of_many_shapes_in_one_folder(mixed, tmp_path, monkeypatch):
-    monkeypatch.setattr("data_pipelines.encode_pool.EncoderPool.__enter__", lambda self: self)
-    monkeypatch.setattr("data_pipelines.encode_pool.EncoderPool.__exit__", lambda *_: None)
-    monkeypatch.setattr("data_pipelines.encode_pool.EncoderPool.run", lambda *_: run(mixed))
-    (summary,) = encode(mixed)
+def test_codes_of_many_shapes_in_one_folder(mixed):
+    (summary,) = encode_here(mixed)
     assert (summary.rows_in, summary.rows_out, summary.dead) == (9, 7, 2)
     folder = CodeFolder(f"{mixed.out}/64x5+9")
     shapes = [(bucket.height, bucket.width, bucket.clip_frames, bucket.rows) for bucket in folder.manifest.buckets]
@@ -146,7 +136,7 @@ def test_codes_of_many_shapes_in_one_folder(mixed, tmp_path, monkeypatch):
         (2, (3, 5)), (3, (3, 5)), (2, (4, 4)), (3, (5, 3)),
     }  # fmt: skip
     first = content(Path(folder.path))
-    assert encode(mixed)[0].already_done and content(Path(folder.path)) == first
+    assert encode_here(mixed)[0].already_done and content(Path(folder.path)) == first
 
 
 def test_the_decoder_is_part_of_the_job(mixed):
