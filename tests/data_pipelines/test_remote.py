@@ -485,7 +485,9 @@ def test_the_setting_of_a_run_bounds_its_downloads(store: Path, tmp_path: Path, 
     monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     with at_most(10), ThreadPoolExecutor(1) as pool:
         again = pool.submit(make_plan, run)
-        with pytest.raises(UserError, match="s3://bucket/tiny/00000/2x3/shard.00000.mds could not be fetched within 3 s"):
+        with pytest.raises(
+            UserError, match="s3://bucket/tiny/00000/2x3/shard.00000.mds could not be fetched within 3 s"
+        ):
             next(stream)
         with pytest.raises(UserError, match="s3://bucket/tiny/codes.json could not be fetched within 3 s"):
             again.result()
