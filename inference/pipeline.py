@@ -8,7 +8,7 @@ pipe("a red circle moving left slowly", seed=0).save("circle.mp4")
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from tokenizer import Codes, UserError, VideoTokenizer
 from tokenizer.clip_shape import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
 from tokenizer.pixels import from_pixels, to_pixels
 from tokenizer.progress import Meter
+from tokenizer.scales import ScaleSchedule
+from tokenizer.streaming import decode_stream
 from tokenizer.text import TextEncoder, text_encoder
 from tokenizer.video_file import write_video
 
@@ -54,6 +56,31 @@ class VideoOutput:
             return write_video(self.frames, file, self.fps)
         for index, frames in enumerate(self.frames):
             write_video(frames, Path(file).with_stem(f"{Path(file).stem}-{index}"), self.fps)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is to be generated, checked.
+
+    Args:
+        text, lengths: conditions, a row a clip.
+        seeds: one a clip.
+        schedule: the grids.
+        latent_frames: of the result.
+        given: codes of the first frames, one clip for all; None: there are none.
+    """
+
+    text: Tensor
+    lengths: Tensor
+    seeds: list[int]
+    schedule: ScaleSchedule
+    latent_frames: int
+    given: Codes | None
+
+    @property
+    def known(self) -> int:
+        """Given frames."""
+        return 0 if self.given is None else 1 + FRAMES_A_LATENT * (self.given.num_frames - 1)
 
 
 class VideoARPipeline:
@@ -195,44 +222,89 @@ class VideoARPipeline:
             UserError: arguments that do not fit each other or the model.
         """
         single = not isinstance(class_label if prompt is None else prompt, list | tuple)
-        text, lengths = self._condition(prompt, class_label)
-        seeds = [seed + index for index in range(len(text))] if isinstance(seed, int) else list(seed)
-        schedule = self.config.schedule if size is None else self.tokenizer.schedule_for(*size)
-        trained = 1 + FRAMES_A_LATENT * (self.config.num_frames - 1)
-        latent_frames = _latent_frames(trained if num_frames is None else num_frames)
-        given = self._given(image, video, given_frames, 1 + FRAMES_A_LATENT * (latent_frames - 1), schedule)
-        if len(seeds) != len(text):
-            raise UserError(f"{len(seeds)} seeds were given for {len(text)} clips: give one number or one a clip.")
-        clips, codes = [], []
-        rounds = range(0, len(text), max(1, batch_size))
-        meter = Meter("generating latent frames", len(rounds) * latent_frames) if progress else None
+        wanted = self._request(prompt, class_label, seed, num_frames, image, video, given_frames, size)
+        schedule, clips, codes = wanted.schedule, [], []
+        rounds = range(0, len(wanted.seeds), max(1, batch_size))
+        meter = Meter("generating latent frames", len(rounds) * wanted.latent_frames) if progress else None
         for start in rounds:
-            part = slice(start, start + max(1, batch_size))
-            count = len(text[part])
-            forced = (
-                None if given is None else Codes(tuple(b.expand(count, *b.shape[1:]) for b in given.bits), schedule)
-            )
             frames = []
-            for bits in sample_frames(
-                self.model,
-                text[part],
-                lengths[part],
-                seeds=seeds[part],
-                num_frames=latent_frames,
-                schedule=schedule,
-                guidance=guidance,
-                temperature=temperature,
-                given=forced,
-                window=window,
-            ):
+            for bits in self._sample(wanted, slice(start, start + max(1, batch_size)), guidance, temperature, window):
                 frames.append(bits)
                 if meter:
                     meter.advance()
             codes.append(Codes(tuple(torch.stack(scale, dim=1) for scale in zip(*frames)), schedule))
             clips += list(to_pixels(self.tokenizer.decode(codes[-1])))
         merged = Codes(tuple(torch.cat(scale) for scale in zip(*(part.bits for part in codes))), schedule)
-        known = 0 if given is None else 1 + FRAMES_A_LATENT * (given.num_frames - 1)
-        return VideoOutput(clips[0] if single else clips, merged, known, self.config.fps)
+        return VideoOutput(clips[0] if single else clips, merged, wanted.known, self.config.fps)
+
+    def stream(
+        self,
+        prompt: str | None = None,
+        num_frames: int | None = None,
+        guidance: Guidance = "t2v",
+        temperature: float = 1.0,
+        seed: int = 0,
+        image: Any = None,
+        video: Any = None,
+        class_label: int | None = None,
+        given_frames: int | None = None,
+        size: tuple[int, int] | None = None,
+        window: int | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Generates one clip and hands out its frames while the rest is still being computed; arguments as for a call.
+
+        All that can be wrong with the arguments is said by this call, before the first frame is asked for.
+
+        Yields:
+            uint8 [n, H, W, 3]: one frame, then four for each latent frame, given ones included; together the frames that a call returns.
+            Memory does not grow with the length where a window bounds what a frame sees.
+        """
+        wanted = self._request(prompt, class_label, seed, num_frames, image, video, given_frames, size)
+        frames = self._sample(wanted, slice(0, 1), guidance, temperature, window)
+        codes = (Codes(tuple(scale[:, None] for scale in bits), wanted.schedule) for bits in frames)
+        return (to_pixels(pixels)[0] for pixels in decode_stream(self.tokenizer, codes))
+
+    def _request(
+        self,
+        prompt: str | Sequence[str] | None,
+        class_label: int | Sequence[int] | None,
+        seed: int | Sequence[int],
+        num_frames: int | None,
+        image: Any,
+        video: Any,
+        given_frames: int | None,
+        size: tuple[int, int] | None,
+    ) -> _Request:
+        text, lengths = self._condition(prompt, class_label)
+        seeds = [seed + index for index in range(len(text))] if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(text):
+            raise UserError(f"{len(seeds)} seeds were given for {len(text)} clips: give one number or one a clip.")
+        schedule = self.config.schedule if size is None else self.tokenizer.schedule_for(*size)
+        trained = 1 + FRAMES_A_LATENT * (self.config.num_frames - 1)
+        latent_frames = _latent_frames(trained if num_frames is None else num_frames)
+        with torch.no_grad():
+            given = self._given(image, video, given_frames, 1 + FRAMES_A_LATENT * (latent_frames - 1), schedule)
+        return _Request(text, lengths, seeds, schedule, latent_frames, given)
+
+    def _sample(
+        self, wanted: _Request, part: slice, guidance: Guidance, temperature: float, window: int | None
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """The latent frames of some of the clips."""
+        given, count = wanted.given, len(wanted.seeds[part])
+        if given is not None:
+            given = Codes(tuple(bits.expand(count, *bits.shape[1:]) for bits in given.bits), given.schedule)
+        return sample_frames(
+            self.model,
+            wanted.text[part],
+            wanted.lengths[part],
+            seeds=wanted.seeds[part],
+            num_frames=wanted.latent_frames,
+            schedule=wanted.schedule,
+            guidance=guidance,
+            temperature=temperature,
+            given=given,
+            window=window,
+        )
 
     def shots(
         self,

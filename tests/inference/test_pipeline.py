@@ -61,6 +61,24 @@ def test_text_to_video_and_batches(pipe):
     np.testing.assert_array_equal(one.frames, ((decoded + 1) * 127.5).round().to(torch.uint8).numpy())
 
 
+@pytest.mark.parametrize("options", [{}, {"num_frames": 21, "window": 1}, {"video": pixels(5), "num_frames": 13}])
+def test_a_stream_hands_out_the_same_frames_as_they_are_made(pipe, options, monkeypatch):
+    whole = pipe("a red circle", seed=7, **options).frames
+    steps = []
+    monkeypatch.setattr(pipe.model, "logits", lambda hidden, real=pipe.model.logits: steps.append(1) or real(hidden))
+    parts = pipe.stream("a red circle", seed=7, **options)
+    first = next(parts)
+    assert len(first) == 1 and len(steps) == len(SCALES)  # nothing of the second latent frame has been computed
+    frames = [first, *parts]
+    assert [len(part) for part in frames] == [1] + [4] * (len(whole) // 4)
+    assert np.abs(np.concatenate(frames).astype(int) - whole).max() <= 1  # pixels are rounded
+
+
+def test_a_stream_refuses_before_its_first_frame(pipe):
+    with pytest.raises(UserError, match="12 frames are not 1"):
+        pipe.stream("a circle", num_frames=12)
+
+
 def test_lengths_and_sizes(pipe):
     assert pipe("a circle", num_frames=1).frames.shape == (1, 32, 32, 3)
     assert pipe("a circle", num_frames=21).frames.shape == (21, 32, 32, 3)  # longer than trained
