@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from inference.checkpoint import load_model, read_config, save_model
+from inference.fast import Weights, prepare
 from inference.guidance import Guidance
 from inference.model import VideoARTransformer
 from inference.sampler import sample_frames
@@ -102,6 +103,7 @@ class VideoARPipeline:
     ):
         self.model, self.tokenizer, self.encoder = model, tokenizer, encoder
         self.class_names = list(class_names) if class_names else None
+        self.weights: Weights = "plain"
         self.config = model.config
         if tokenizer.quantizer.dim != self.config.bits:
             raise UserError(
@@ -120,6 +122,7 @@ class VideoARPipeline:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         text_encoder_spec: str | None = None,
+        weights: Weights = "plain",
     ) -> VideoARPipeline:
         """Reads what `save_pretrained` or `videoar export` wrote.
 
@@ -128,6 +131,7 @@ class VideoARPipeline:
             device: where everything runs.
             dtype: of the transformer; None: as stored.
             text_encoder_spec: in the recorded one's place, for an encoder that lies elsewhere on this machine.
+            weights: how the transformer holds them, see `fast.prepare`; a pipeline whose weights are not "plain" only generates.
 
         Raises:
             UserError: a part is missing, damaged, or of another model.
@@ -150,10 +154,19 @@ class VideoARPipeline:
                 raise UserError(
                     f"the text encoder {spec} is not the one that {directory} was trained with: give that one."
                 )
-        return cls(model, tokenizer, encoder, content.get("class_names"))
+        pipe = cls(model, tokenizer, encoder, content.get("class_names"))
+        prepare(model, weights)
+        pipe.weights = weights
+        return pipe
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes the tokenizer first and the model's config.json last, so that half a save is not taken for a whole."""
+        """Writes the tokenizer first and the model's config.json last, so that half a save is not taken for a whole.
+
+        Raises:
+            UserError: the weights were prepared for generating.
+        """
+        if self.weights != "plain":
+            raise UserError(f"{self.weights} weights can't be saved: load the model with plain ones.")
         self.tokenizer.save_pretrained(Path(directory) / "tokenizer")
         save_model(self.model, directory, self.metadata())
 

@@ -140,6 +140,15 @@ def test_saved_and_loaded(pipe, tmp_path):
     assert VideoARPipeline.from_pretrained(tmp_path / "classes").class_names == ["run", "jump", "swim"]
 
 
+def test_prepared_weights_generate_the_same_and_are_not_saved(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "model")
+    fast = VideoARPipeline.from_pretrained(tmp_path / "model", weights="fast")
+    np.testing.assert_array_equal(fast("a circle", seed=2).frames, pipe("a circle", seed=2).frames)
+    with pytest.raises(UserError, match="fast weights can't be saved"):
+        fast.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 def test_another_tokenizer_or_text_encoder_is_refused(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

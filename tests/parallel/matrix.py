@@ -156,10 +156,11 @@ def difference(ours: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def train(
-    config: ModelConfig, parallel: ParallelConfig, expected: Expected, saver: Saver | None, load: Path | None
+    config: ModelConfig, parallel: ParallelConfig, expected: Expected, save: Path | None, load: Path | None
 ) -> dict[str, float]:
     """One layout against the plain model, on rank 0; from a checkpoint of step `SAVED` or from the start."""
     info = initialize(parallel, SEED)
+    saver = None if save is None else Saver(save)
     chunks = build_model(config, parallel, info, seed=SEED if load is None else None)
     numbers: dict[str, float] = {"loss": 0.0, "norm": 0.0}
     held = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
@@ -243,7 +244,7 @@ def run(out: Path, folder: Path, steps: int) -> None:
         started, saved = time.monotonic(), folder / name.replace(" ", "-")
         before = json.loads((folder / "last.json").read_text()) if (folder / "last.json").is_file() else None
         numbers = {
-            "text": train(TEXT, parallel, expected["text"], Saver(saved), None),
+            "text": train(TEXT, parallel, expected["text"], saved, None),
             "classes": train(CLASSES, parallel, expected["classes"], None, None),
         }
         if before is not None:
