@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from inference.config import ModelConfig
 from inference.embedding import InputEmbedding
@@ -20,6 +21,8 @@ from tokenizer.sequence import SequenceLayout
 if TYPE_CHECKING:
     from inference.cache import KeyValueCache
 
+# without cuDNN's, which plans anew (tens of milliseconds) for every length that a growing cache has
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 Rotary = tuple[Tensor, Tensor]
 """cos and sin of the rotary angles, each float32 [B, S, D/2]."""
 
@@ -136,8 +139,9 @@ class VideoARTransformer(nn.Module):
         self, hidden: Tensor, rotary: Rotary, mask: Tensor | None, cache: KeyValueCache | None = None
     ) -> Tensor:
         """All blocks, [B, n, h] -> [B, n, h]. With a cache, the n tokens are added to it and see all that is in it."""
-        for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, rotary, mask, cache, index)
+        with sdpa_kernel(KERNELS):
+            for index, layer in enumerate(self.layers):
+                hidden = layer(hidden, rotary, mask, cache, index)
         if cache is not None:
             cache.advance(hidden.shape[1])
         return hidden

@@ -5,8 +5,10 @@ DIR/step-100/   complete.json is written last of all; the folder is `.tmp-step-1
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +29,8 @@ from tokenizer.errors import UserError
 MARKER = "complete.json"
 SCALES = "._extra_state"
 """How the names end under which Transformer Engine keeps its FP8 scales and their history."""
+TRUSTED = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+"""Transformer Engine's switch for reading delayed scaling's history, which it keeps as a pickle."""
 EMA_UPDATES = "ema_updates"
 """In `common`, where the checkpoint holds running means."""
 
@@ -136,12 +140,30 @@ def _leave_out_scales(state: dict[str, Any], folder: Path) -> None:
 
 
 def _load_weights(stage: torch.nn.Module, state: dict[str, Any]) -> None:
-    missing, unexpected = stage.load_state_dict(state, strict=False)
+    if stage.parallel.fp8 != "delayed":  # type: ignore[union-attr]
+        # nobody else has a history of scales: one of another precision must not go into this one's checkpoints
+        state = {name: value for name, value in state.items() if not name.endswith(SCALES)}
+    with _trusted():
+        missing, unexpected = stage.load_state_dict(state, strict=False)
     wrong = [name for name in (*missing, *unexpected) if not name.endswith(SCALES)]
     if wrong:
         raise UserError(
             f"the checkpoint and this network have different weights ({', '.join(wrong[:3])}): use the configuration it was trained with."
         )
+
+
+@contextmanager
+def _trusted() -> Iterator[None]:
+    """Transformer Engine refuses the scales of delayed FP8 in a checkpoint unless told that it is no stranger's: a run resumes its own."""
+    before = os.environ.get(TRUSTED)
+    os.environ[TRUSTED] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[TRUSTED]
+        else:
+            os.environ[TRUSTED] = before
 
 
 def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
