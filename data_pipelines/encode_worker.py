@@ -137,6 +137,7 @@ class ShardEncoder:
             )
         folder = Path(task.out, TEMPORARY, f"{task.name}.{task.attempt}")
         folder.mkdir(parents=True)
+        self.breadcrumb = _Breadcrumb(task)
         try:
             dead: list[dict[str, Any]] = []
             rows: Counter[str] = Counter()
@@ -174,6 +175,7 @@ class ShardEncoder:
             return receipt
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            self.breadcrumb.close()
             task.breadcrumb.unlink(missing_ok=True)
 
     def _records(self, task: Task, dead: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -212,14 +214,14 @@ class ShardEncoder:
         rows = range(int(self.shards.rows_per_shard[task.shard]))
         if self._one_by_one(task):
             for row in rows:
-                _note(task, row, row)
+                self.breadcrumb.note(row, row)
                 raw = self.shards.read(task.shard, row)
                 yield row, raw, decode(row, raw)
             return
         assert self.decoding is not None
         ahead: deque[tuple[int, dict[str, Any], Future[np.ndarray | DecodeError]]] = deque()
         for row in rows:
-            _note(task, SOME_ROW, row)
+            self.breadcrumb.note(SOME_ROW, row)
             raw = self.shards.read(task.shard, row)
             ahead.append((row, raw, self.decoding.submit(decode, row, raw)))
             if len(ahead) > 2 * job.batch_size:
@@ -235,7 +237,7 @@ class ShardEncoder:
         self, task: Task, row: int, encoder: TextEncoder, shape: ClipShape, batch: list[tuple[Tensor, dict[str, Any]]]
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         # a crash in here (memory, a device) is no row's fault
-        _note(task, NO_ROW if self._one_by_one(task) else SOME_ROW, row)
+        self.breadcrumb.note(NO_ROW if self._one_by_one(task) else SOME_ROW, row)
         with torch.inference_mode():
             video = torch.stack([clip for clip, _ in batch]).to(self.device)  # [B, 3, 1+4n, H, W]
             latents, tokens = encode_clips(self.tokenizer, video)
@@ -256,9 +258,21 @@ def encode_clips(tokenizer: VideoTokenizer, video: Tensor) -> tuple[Tensor, Tens
     return latents, codes.tokens()
 
 
-def _note(task: Task, blame: int, row: int) -> None:
-    # for the driver to read should this process die; a crash of the machine is not the row's doing, so no fsync
-    task.breadcrumb.write_text(f"{blame} {row}")
+class _Breadcrumb:
+    """Notes how far a try has come, for the driver to read should this process die.
+
+    A crash of the machine is not the row's doing, so nothing is synced; and the file keeps its length, since cutting it for every row waits
+    for the disk on a busy machine.
+    """
+
+    def __init__(self, task: Task):
+        self.descriptor = os.open(task.breadcrumb, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+
+    def note(self, blame: int, row: int) -> None:
+        os.pwrite(self.descriptor, b"%12d %12d" % (blame, row), 0)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
 
 
 def read_breadcrumb(task: Task) -> tuple[int, int]:
