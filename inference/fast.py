@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inference.model import Attention, FeedForward, VideoARTransformer
+from inference.model import Attention, FeedForward, Rotary, VideoARTransformer
+from inference.rope import apply_rotary
 from tokenizer.errors import UserError
 
 Weights = Literal["plain", "fast", "int8"]
@@ -41,26 +42,23 @@ def prepare(model: VideoARTransformer, weights: Weights) -> None:
 
 
 class Product(nn.Module):
-    """x W^T for the stacked weights of several linear layers, split into theirs.
+    """x W^T for the stacked weights of several linear layers.
 
     In bfloat16 on a CPU they are packed: `linear` lays them out anew in every call, which for few rows takes as long as the product.
     """
 
     def __init__(self, *layers: nn.Linear):
         super().__init__()
-        self.sizes = [layer.out_features for layer in layers]
         weight = torch.cat([layer.weight.detach() for layer in layers])  # [sum of outs, in]
         self.packed = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
         if self.packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
         self.weight = weight
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> Tensor:
         if self.packed:
-            product = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
-        else:
-            product = F.linear(x, self.weight)
-        return product.split(self.sizes, dim=-1)
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        return F.linear(x, self.weight)
 
 
 class FastAttention(Attention):
@@ -71,11 +69,14 @@ class FastAttention(Attention):
         self.heads = plain.heads
         self.inward, self.outward = Product(plain.q_proj, plain.k_proj, plain.v_proj), Product(plain.o_proj)
 
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.inward(x)
+    def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        heads = self.inward(x).unflatten(-1, (3, self.heads, -1)).flatten(2, 3)  # [B, S, 3 * heads, D]
+        rotated = apply_rotary(heads[:, :, : 2 * self.heads], *rotary)
+        q, k = rotated.transpose(1, 2).chunk(2, dim=1)  # [B, heads, S, D] each
+        return q, k, heads[:, :, 2 * self.heads :].transpose(1, 2)
 
     def output(self, x: Tensor) -> Tensor:
-        return self.outward(x)[0]
+        return self.outward(x)
 
 
 class FastFeedForward(FeedForward):
@@ -86,8 +87,8 @@ class FastFeedForward(FeedForward):
         self.inward, self.outward = Product(plain.gate_proj, plain.up_proj), Product(plain.down_proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.inward(x)
-        return self.outward(F.silu(gate) * up)[0]
+        gate, up = self.inward(x).chunk(2, dim=-1)
+        return self.outward(F.silu(gate) * up)
 
 
 def _quantise(model: VideoARTransformer) -> None:

@@ -43,18 +43,18 @@ class Attention(nn.Module):
         self, x: Tensor, rotary: Rotary, mask: Tensor | None, cache: KeyValueCache | None, layer: int
     ) -> Tensor:
         """x [B, S, h] attends to itself or, with a cache, to all that is visible there including itself."""
-        # [B, S, h] -> [B, S, heads, D]
-        q, k, v = (one.unflatten(-1, (self.heads, -1)) for one in self.project(x))
-        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, S, D]
+        q, k, v = self.project(x, rotary)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # [B, heads, visible, D]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.output(out.transpose(1, 2).flatten(2))  # [B, heads, S, D] -> [B, S, h]
 
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values, each [B, S, h]."""
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+    def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values, each [B, heads, S, D]."""
+        # [B, S, h] -> [B, S, heads, D]
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def output(self, x: Tensor) -> Tensor:
         """What the heads give, brought together, [B, S, h]."""
