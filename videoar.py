@@ -86,9 +86,13 @@ def _stopped(verb: str) -> None:
 
 
 def export(args: argparse.Namespace, _: list[str]) -> None:
+    from inference.weight_files import parse_size
     from pretrain.export import export as run
+    from pretrain.model_card import Sampling
 
-    run(args.checkpoint, args.out, args.tokenizer, verify=args.verify)
+    size = parse_size(args.max_shard_size)
+    sampling = Sampling(args.sample, args.sample_prompt)
+    run(args.checkpoint, args.out, args.tokenizer, args.verify, args.dtype, size, sampling)
     print(f"{args.out}: ready for `videoar generate --model {args.out}`")
 
 
@@ -289,13 +293,25 @@ def _parser() -> argparse.ArgumentParser:
         "pretrain.config:PretrainConfig",
     )  # fmt: skip
 
-    command = add(verbs, "export", export, "turn a training checkpoint into config.json + model.safetensors")
+    command = add(
+        verbs, "export", export, "turn a training checkpoint into config.json, model.safetensors and a model card"
+    )
     _folder(command, "--checkpoint", "a checkpoint, or the folder that holds them (then the newest complete one)")
     command.add_argument(
         "--tokenizer", type=Path, help="the tokenizer of the codes (default: the one the run was trained with)"
     )
     _folder(command, "--out", "the folder for the model")
     command.add_argument("--verify", action="store_true", help="compare the logits before and after")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the stored weights (default: as trained)")
+    command.add_argument(
+        "--max-shard-size", default="5gb", metavar="SIZE",
+        help="larger weights go to several files with an index, such as 500mb (default: %(default)s)",
+    )  # fmt: skip
+    command.add_argument(
+        "--sample", choices=("auto", "yes", "no"), default="auto",
+        help="a sample in the model card (default: auto, yes for up to 100 million parameters)",
+    )  # fmt: skip
+    command.add_argument("--sample-prompt", metavar="TEXT", help="what it shows (default: a caption of the last stage)")
 
     command = add(verbs, "generate", generate, "make videos from prompts, an image, or the start of a video")
     _folder(command, "--model", "an exported model")

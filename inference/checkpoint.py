@@ -1,26 +1,22 @@
-"""The inference format: config.json and model.safetensors in one directory."""
+"""The inference format: config.json and model.safetensors (or several files with an index) in one directory."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from inference.config import ModelConfig
 from inference.model import VideoARTransformer
+from inference.weight_files import WeightFiles, write_file, write_weights
 from tokenizer.errors import UserError
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 
 
 def save_model(model: VideoARTransformer, directory: str | Path, extra: Mapping[str, Any] | None = None) -> None:
@@ -29,15 +25,20 @@ def save_model(model: VideoARTransformer, directory: str | Path, extra: Mapping[
 
 
 def save_weights(
-    config: ModelConfig, state: Mapping[str, Tensor], directory: str | Path, extra: Mapping[str, Any] | None = None
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    directory: str | Path,
+    extra: Mapping[str, Any] | None = None,
+    max_shard_size: int | None = None,
 ) -> None:
-    """Writes `model.safetensors`, then `config.json`; each appears whole or not at all.
+    """Writes the weights, then `config.json`; each file appears whole or not at all.
 
     Args:
         config: the network.
         state: its weights under `VideoARTransformer.state_dict`'s names.
         directory: is made if it is missing.
         extra: further entries of config.json (text encoder, tokenizer fingerprint, class names).
+        max_shard_size: bytes of a weight file (see `inference.weight_files`); None: one file.
 
     Raises:
         UserError: the weights are not those of the configuration.
@@ -47,10 +48,9 @@ def save_weights(
     directory.mkdir(parents=True, exist_ok=True)
     # a directory whose configuration is gone can't be taken for a whole model between the two renames
     (directory / CONFIG_FILE).unlink(missing_ok=True)
-    contiguous = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    _write(directory / WEIGHTS_FILE, lambda path: save_file(contiguous, path, metadata={"format": "pt"}))
+    write_weights(state, directory, max_shard_size)
     content = json.dumps({"model": config.to_dict(), **(extra or {})}, indent=2)
-    _write(directory / CONFIG_FILE, lambda path: path.write_text(content + "\n"))
+    write_file(directory / CONFIG_FILE, lambda path: path.write_text(content + "\n"))
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
@@ -104,31 +104,17 @@ class StoredWeights(Mapping[str, Tensor]):
     def __init__(self, directory: str | Path, device: str | torch.device = "cpu"):
         self.content = read_config(directory)
         self.config = ModelConfig.from_dict(self.content["model"])
-        self._file = Path(directory) / WEIGHTS_FILE
-        if not self._file.is_file():
-            raise UserError(f"{directory} holds no {WEIGHTS_FILE}: give what `videoar export` wrote to its end.")
-        try:
-            self._stored = safe_open(self._file, framework="pt", device=str(device)).__enter__()
-            self._names = list(self._stored.keys())
-            shapes = {name: tuple(self._stored.get_slice(name).get_shape()) for name in self._names}
-        except SafetensorError as error:
-            raise self._damaged(error) from error
-        _check_weights(self.config, shapes, str(self._file))
+        self._files = WeightFiles(directory, device)
+        _check_weights(self.config, self._files.shapes, str(self._files.source))
 
     def __getitem__(self, name: str) -> Tensor:
-        try:
-            return self._stored.get_tensor(name)
-        except SafetensorError as error:
-            raise self._damaged(error) from error
+        return self._files[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._files.shapes)
 
     def __len__(self) -> int:
-        return len(self._names)
-
-    def _damaged(self, error: SafetensorError) -> UserError:
-        return UserError(f"{self._file} is damaged ({error}): export the checkpoint again.")
+        return len(self._files.shapes)
 
 
 def fingerprint(model: VideoARTransformer) -> str:
@@ -153,14 +139,3 @@ def _check_weights(config: ModelConfig, shapes: dict[str, tuple[int, ...]], wher
     for name, shape in expected.items():
         if shapes[name] != shape:
             raise UserError(f"'{name}' in {where} has shape {shapes[name]}, the configuration says {shape}: {again}")
-
-
-def _write(target: Path, write) -> None:
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        write(temporary)
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""From a training checkpoint of any layout to the inference format: config.json, model.safetensors, tokenizer/.
+"""From a training checkpoint of any layout to the inference format: config.json, the weights, tokenizer/, README.md.
 
 videoar export --checkpoint runs/demo/pretrain/checkpoints --out runs/demo/model
 """
@@ -6,44 +6,64 @@ videoar export --checkpoint runs/demo/pretrain/checkpoints --out runs/demo/model
 from __future__ import annotations
 
 import shutil
-import uuid
 from pathlib import Path
+from typing import Literal
 
 import torch
+from torch import Tensor
 
-from inference.checkpoint import load_model, save_weights
+from inference.checkpoint import StoredWeights, save_weights
 from inference.config import ModelConfig
+from inference.model import VideoARTransformer
+from inference.weight_files import INDEX_FILE
 from parallel import checkpoint as checkpoints
 from parallel.convert import gather_reference
 from parallel.ema import Ema
 from parallel.setup import ParallelConfig, destroy, initialize
 from parallel.train_step import build_model
+from pretrain.model_card import CARD, PICTURE, Sampling, write_card
 from pretrain.stages import read_tokenizer
 from tokenizer.errors import UserError
+from tokenizer.files import sync
+from tokenizer.receipts import temporary_folder
 
 TOLERANCE = 1e-4
 """Largest difference of logits between megatron's network and the exported one, in float32."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def export(
-    checkpoint: str | Path, out: str | Path, tokenizer: str | Path | None = None, verify: bool = True
+    checkpoint: str | Path,
+    out: str | Path,
+    tokenizer: str | Path | None = None,
+    verify: bool = True,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    max_shard_size: int | None = None,
+    sampling: Sampling | None = None,
 ) -> ModelConfig:
     """Writes a model that `VideoARPipeline.from_pretrained` loads. It needs one process, whatever layout trained.
 
     Where the run kept running means of the weights (`optimizer.ema_decay`), they are exported. The recorded grids and number
-    of frames are the finest and longest of the stages trained so far. The configuration is
-    written last, so that an export that was cut short is not taken for a model.
+    of frames are the finest and longest of the stages trained so far. The folder is written under another name and takes
+    its own when it is whole; it replaces an earlier export, and nothing else.
 
     Args:
         checkpoint: a `step-N` folder, or a folder of them, of which the newest complete one is taken.
         out: the model's folder.
         tokenizer: the tokenizer's folder; None: the one that the run was trained with.
-        verify: compares the exported network's logits with the trained one's.
+        verify: compares the network's logits with the trained one's, and what was stored with the network, bit for bit.
+        dtype: of the stored weights; None: as they were trained.
+        max_shard_size: bytes of a weight file; None: one file.
+        sampling: whether and how the model card shows a sample; None: one, where the model is small.
 
     Raises:
-        UserError: the checkpoint is missing or incomplete, the tokenizer is another one, or the logits differ.
+        UserError: the checkpoint is missing or incomplete, the tokenizer is another one, the logits differ, or `out` holds
+            something else than an export.
     """
     folder, out = _resolve(Path(checkpoint)), Path(out)
+    out = out.resolve() if out.is_symlink() else out
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"weights can't be stored as {dtype}: choose one of {', '.join(DTYPES)}.")
     common = checkpoints.load_common(folder)
     source = Path(tokenizer or common["tokenizer"])
     fingerprint, _ = read_tokenizer(source)
@@ -52,6 +72,7 @@ def export(
         raise UserError(
             f"{folder} was trained on codes of the tokenizer {expected}, {source} is {fingerprint}: name the right one."
         )
+    _check_replaceable(out)
     model = ModelConfig.from_dict(common["model"])
     layout = ParallelConfig(transformer_engine="off", attention="sdpa")
     try:
@@ -62,23 +83,52 @@ def export(
         if ema is not None:
             ema.take_over()
         state = gather_reference(chunks)
-        temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
+        stored = state if dtype is None else {name: value.to(DTYPES[dtype]) for name, value in state.items()}
+        temporary = temporary_folder(out)
         try:
-            temporary.mkdir(parents=True)
-            _copy_folder(source, temporary / "tokenizer")
-            save_weights(model, state, temporary, extra=common["export"])
+            _copy_tokenizer(source, temporary / "tokenizer")
+            save_weights(model, stored, temporary, common["export"], max_shard_size)
             if verify:
-                _compare(chunks[0], model, temporary, info.device)
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "config.json").unlink(missing_ok=True)  # what is between two exports is no model
-            _copy_folder(temporary / "tokenizer", out / "tokenizer")
-            for name in ("model.safetensors", "config.json"):
-                (temporary / name).replace(out / name)
+                _check_stored(stored, temporary)
+                _compare(chunks[0], model, state, info.device)
+            write_card(temporary, common, folder, sampling or Sampling(), info.device)
+            _take_name(temporary, out)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     finally:
         destroy()
     return model
+
+
+def _check_replaceable(out: Path) -> None:
+    """Raises UserError if `out` is there and holds anything that no export writes."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out} is a file: name a folder for the model.")
+    own = {"config.json", "tokenizer", INDEX_FILE, CARD, PICTURE}
+    others = [entry.name for entry in out.iterdir() if entry.name not in own and not entry.match("model*.safetensors")]
+    if others:
+        raise UserError(f"{out} holds {sorted(others)[0]}, which no export has written: name another folder.")
+
+
+def _take_name(temporary: Path, out: Path) -> None:
+    """Renames a whole folder to `out`; an export that is there goes first, as a whole, so no mixture is ever seen."""
+    for entry in sorted(temporary.rglob("*")):
+        sync(entry)
+    sync(temporary)
+    old = temporary_folder(out)
+    try:
+        if out.exists():
+            out.rename(old)
+        try:
+            temporary.rename(out)
+        except OSError:
+            old.rename(out)
+            raise
+        sync(out.absolute().parent)
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _resolve(checkpoint: Path) -> Path:
@@ -89,26 +139,26 @@ def _resolve(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def _copy_folder(source: Path, target: Path) -> None:
+def _copy_tokenizer(source: Path, target: Path) -> None:
     """Copies a tokenizer's two files (its folder may hold a training's other files, too)."""
-    if source.resolve() == target.resolve():
-        return
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    temporary.mkdir()
-    try:
-        for name in ("config.json", "model.safetensors"):
-            if not (source / name).is_file():
-                raise UserError(f"{source} holds no whole tokenizer ({name} is missing): train or copy it again.")
-            shutil.copyfile(source / name, temporary / name)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    target.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        if not (source / name).is_file():
+            raise UserError(f"{source} holds no whole tokenizer ({name} is missing): train or copy it again.")
+        shutil.copyfile(source / name, target / name)
+
+
+def _check_stored(state: dict[str, Tensor], folder: Path) -> None:
+    """Raises UserError if what a reader gets is not, bit for bit, what was to be written."""
+    stored = StoredWeights(folder)
+    for name, value in state.items():
+        found = stored[name]
+        if found.dtype != value.dtype or not torch.equal(found, value):
+            raise UserError(f"'{name}' was read back changed: nothing was exported; look at the disk, and try again.")
 
 
 @torch.no_grad()
-def _compare(trained: torch.nn.Module, model: ModelConfig, out: Path, device: torch.device) -> None:
+def _compare(trained: torch.nn.Module, model: ModelConfig, state: dict[str, Tensor], device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
     sequence = model.layout()
     inputs = torch.randn(2, sequence.video_tokens, model.bits, generator=generator).to(device)
@@ -118,7 +168,9 @@ def _compare(trained: torch.nn.Module, model: ModelConfig, out: Path, device: to
         text = torch.randn(2, model.max_text_length, model.text_dim, generator=generator).to(device)
     lengths = torch.tensor([1, sequence.text_length], device=device)
     expected = trained.eval()(inputs, sequence, text, lengths)
-    found = load_model(out, device)(inputs, sequence, text, lengths)
+    network = VideoARTransformer.empty(model)
+    network.load_state_dict({name: value.to(device) for name, value in state.items()}, assign=True)
+    found = network.eval()(inputs, sequence, text, lengths)
     difference = (expected - found).abs().max().item()
     if not difference <= TOLERANCE:
         raise UserError(

@@ -59,12 +59,7 @@ def new_folder(out: Path, arguments: dict[str, Any]) -> Iterator[tuple[Path, dic
         out: the final name, absent or an empty folder.
         arguments: what `finished` compares in a later run; JSON values.
     """
-    prefix = f"{out.name}.tmp.{socket.gethostname()}."
-    for left in out.parent.glob(f"{glob.escape(prefix)}*"):
-        if not psutil.pid_exists(int(left.name[len(prefix) :].split(".")[0])):  # killed before it could clean up
-            shutil.rmtree(left, ignore_errors=True)
-    temporary = out.with_name(f"{prefix}{os.getpid()}.{uuid.uuid4().hex}")
-    temporary.mkdir(parents=True)
+    temporary = temporary_folder(out)
     receipt: dict[str, Any] = {}
     try:
         yield temporary, receipt
@@ -76,3 +71,14 @@ def new_folder(out: Path, arguments: dict[str, Any]) -> Iterator[tuple[Path, dic
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def temporary_folder(out: Path) -> Path:
+    """Makes a folder beside `out` to write to and rename; those that killed processes of this machine have left there go."""
+    prefix = f"{out.name}.tmp.{socket.gethostname()}."
+    for left in out.parent.glob(f"{glob.escape(prefix)}*"):
+        if not psutil.pid_exists(int(left.name[len(prefix) :].split(".")[0])):  # killed before it could clean up
+            shutil.rmtree(left, ignore_errors=True)
+    temporary = out.with_name(f"{prefix}{os.getpid()}.{uuid.uuid4().hex}")
+    temporary.mkdir(parents=True)
+    return temporary

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from inference import checkpoint
+from inference import weight_files
 from inference.checkpoint import load_model, read_config, save_model, save_weights
 from tests.inference.tiny import random_codes, random_text, tiny_config, tiny_model
 from tokenizer.errors import UserError
@@ -84,9 +84,115 @@ def test_a_failed_write_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError("no space left")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(weight_files, "save_file", full)
     with pytest.raises(OSError, match="no space"):
         save_model(tiny_model(seed=1), tmp_path)
     with pytest.raises(UserError, match="holds no config.json"):
         load_model(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+SHARD = 60_000  # bytes: the tiny network then has several files
+
+
+def test_a_model_in_several_files_is_the_same_model(tmp_path):
+    model = tiny_model()
+    save_model(model, tmp_path)
+    save_weights(model.config, model.state_dict(), tmp_path, max_shard_size=SHARD)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    count = len(files)
+    assert count >= 3 and files == [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    # the single file of the first save is gone
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", *files, "model.safetensors.index.json"]
+    state = model.state_dict()
+    assert index["metadata"]["total_size"] == sum(value.numel() * 4 for value in state.values())
+    largest = max(value.numel() * 4 for value in state.values())
+    for file in files:
+        assert (tmp_path / file).stat().st_size <= max(SHARD, largest) + 8192  # and the header
+        assert all(index["weight_map"][name] == file for name in load_file(tmp_path / file))
+    again = load_model(tmp_path).state_dict()
+    assert again.keys() == state.keys() and all(torch.equal(again[name], value) for name, value in state.items())
+    save_model(model, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_hugging_face_reads_the_same_index(tmp_path):
+    """Their own splitter puts the same tensors into the same files."""
+    hub = pytest.importorskip("huggingface_hub")
+    model = tiny_model()
+    save_weights(model.config, model.state_dict(), tmp_path, max_shard_size=SHARD)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    theirs = hub.split_torch_state_dict_into_shards(model.state_dict(), max_shard_size=SHARD)
+    assert theirs.is_sharded and theirs.metadata["total_size"] == index["metadata"]["total_size"]
+    assert len(theirs.filename_to_tensors) <= len(set(index["weight_map"].values()))
+    assert theirs.tensor_to_filename.keys() == index["weight_map"].keys()
+
+
+def index_with(folder, **changes):
+    file = folder / "model.safetensors.index.json"
+    content = json.loads(file.read_text())
+    content["weight_map"] |= changes
+    file.write_text(json.dumps(content))
+
+
+def shard_twice(folder):
+    first, second = sorted(folder.glob("model-0*"))[:2]
+    save_file({**load_file(second), next(iter(load_file(first))): torch.zeros(1)}, second)
+
+
+def not_listed(folder):
+    file = folder / "model.safetensors.index.json"
+    content = json.loads(file.read_text())
+    del content["weight_map"]["head.weight"]
+    file.write_text(json.dumps(content))
+
+
+def listed_twice(folder):
+    file = folder / "model.safetensors.index.json"
+    file.write_text(file.read_text().replace('"weight_map": {', '"weight_map": {"head.weight": "x.safetensors",'))
+
+
+def other_file(folder):
+    content = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    index_with(folder, **{"head.weight": next(file for file in content.values() if file != content["head.weight"])})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda folder: next(folder.glob("model-0*")).unlink(), "which is missing"),
+        (lambda folder: spoil_cut(next(folder.glob("model-0*"))), "damaged"),
+        (shard_twice, "is in model-00001-.* and in model-00002-"),
+        (not_listed, "does not list 'head.weight'"),
+        (listed_twice, "lists 'head.weight' twice"),
+        (other_file, "puts 'head.weight' into .* which does not hold it"),
+        (lambda folder: index_with(folder, surplus="model-00001-of-00009.safetensors"), "which is missing"),
+        (lambda folder: index_with(folder, **{"head.weight": "../x.safetensors"}), "no file name of its own folder"),
+        (lambda folder: index_with(folder, **{"head.weight": "/etc/x.safetensors"}), "no file name of its own folder"),
+        (lambda folder: index_with(folder, **{"head.weight": "a\\x.safetensors"}), "no file name of its own folder"),
+        (lambda folder: index_with(folder, **{"head.weight": ".x.safetensors"}), "no file name of its own folder"),
+        (lambda folder: index_with(folder, **{"head.weight": "x.bin"}), "no file name of its own folder"),
+        (lambda folder: index_with(folder, **{"head.weight": 3}), "no file name of its own folder"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("[" * 10**5), "no index of weights"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}'), "no index"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}'), "lists no weights"),
+        (lambda folder: save_file({"a": torch.zeros(1)}, folder / "model.safetensors"), "holds both"),
+    ],
+)
+def test_broken_and_malicious_indexes_are_refused(tmp_path, spoil, words: str):
+    model = tiny_model()
+    save_weights(model.config, model.state_dict(), tmp_path, max_shard_size=SHARD)
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=words):
+        load_model(tmp_path)
+
+
+def test_sizes():
+    assert [weight_files.parse_size(text) for text in ("5gb", "1.5 MB", "700000", "2TB")] == [
+        5 * 10**9, 1_500_000, 700_000, 2 * 10**12,
+    ]  # fmt: skip
+    for text in ("", "gb", "-5gb", "0", "5 eb", "nan"):
+        with pytest.raises(UserError, match="such as 5gb"):
+            weight_files.parse_size(text)
+    assert weight_files.split({"a": 4, "b": 9, "c": 1, "d": 4}, 5) == [["a"], ["b"], ["c", "d"]]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from inference.checkpoint import load_model
 from parallel import checkpoint
 from pretrain.config import PretrainConfig
+from pretrain.export import export
+from pretrain.model_card import Sampling
 from pretrain.train import Trainer, main_entry
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.tiny import metrics, stage, write_run
@@ -63,18 +68,34 @@ def test_kill_and_sigterm_change_nothing(tmp_path: Path) -> None:
     assert _exact(out) == expected
 
 
-def test_another_layout_goes_on_alike(tmp_path: Path) -> None:
-    """Two data-parallel processes take over from one, and pipeline parallel 2 from them."""
-    whole = write_run(tmp_path, stages=[stage(tmp_path / "codes", 9)])
+def test_another_layout_goes_on_and_is_exported_alike(tmp_path: Path) -> None:
+    """Two data-parallel processes take over from one, and an interleaved pipeline of two from them."""
+    network = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 2, "max_text_length": 3}
+    write_run(tmp_path)
+    options = dict(stages=[stage(tmp_path / "codes", 9)], network=network, checkpoint_every=3, keep=9)
+    whole = write_run(tmp_path, **options)
     assert run_ranks(whole, 1, []) == [0]
     out = tmp_path / "cut"
-    cut = write_run(tmp_path, out=str(out), stages=[stage(tmp_path / "codes", 9)])
+    cut = write_run(tmp_path, out=str(out), **options)
     assert run_ranks(cut, 1, [], {2: (0, signal.SIGTERM)}) == [0]
     assert run_ranks(cut, 2, [], {5: (1, signal.SIGTERM)}) == [0, 0]
-    assert run_ranks(cut, 2, ["--parallel.pipeline_parallel_size", "2"]) == [0, 0]
+    virtual = ["--parallel.pipeline_parallel_size", "2", "--parallel.virtual_pipeline_size", "2"]
+    assert run_ranks(cut, 2, virtual) == [0, 0]
     for one, other in zip(metrics(tmp_path / "run"), metrics(out), strict=True):
         for name in ("loss", "grad_norm", "bit_accuracy"):
             assert abs(one[name] - other[name]) < 2e-5, (one["step"], name)
+    models = {}
+    for run, step in itertools.product(
+        ("run", "cut"), (3, 6, 9)
+    ):  # cut: one process, sharded optimizer, virtual stages
+        target = tmp_path / f"{run}-{step}"
+        export(tmp_path / run / "checkpoints" / f"step-{step}", target, verify=True, sampling=Sampling("no"))
+        models[run, step] = load_model(target).state_dict()
+    for step in (3, 6, 9):
+        for name, value in models["run", step].items():
+            torch.testing.assert_close(models["cut", step][name], value, atol=2e-5, rtol=1e-3, msg=f"{step}: {name}")
+    moved = (models["run", 9]["head.weight"] - models["run", 3]["head.weight"]).abs().max()
+    assert moved > 1e-3  # far more than the tolerance
 
 
 @pytest.mark.parametrize("background", [True, False])
