@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from tokenizer import settings
 from tokenizer.device import check_device
@@ -97,39 +99,50 @@ def export(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def generate(args: argparse.Namespace, _: list[str]) -> None:
-    from inference.generate import generate_file, generate_folder
+    from inference.generate import Given, generate_file, generate_folder, generate_grid
     from inference.pipeline import VideoARPipeline
+    from inference.prompt_file import Prompt, read_prompts
 
-    pipe = VideoARPipeline.from_pretrained(args.model, device=args.device)
     if args.samples < 1 or args.batch_size < 1:
         raise UserError("--samples and --batch-size must be at least 1.")
-    guidance = args.guidance if args.guidance in ("ucf", "t2v") else _number(args.guidance)
-    options = {"guidance": guidance, "temperature": args.temperature}
-    frames = pipe.frames_for(args.seconds) if args.seconds else args.frames
-    if args.prompt_file:
-        out = generate_folder(
-            pipe, args.prompt_file, args.out, frames, args.samples, args.seed, args.batch_size, **options
-        )
+    if not 0 <= args.seed < 2**62:
+        raise UserError(f"the seed is {args.seed}: give one from 0 to 2^62 - 1.")
+    if args.seconds is not None and not 0 < args.seconds < 10**6:
+        raise UserError(f"a video of {args.seconds} seconds is impossible: give a length above 0.")
+    if not args.temperature >= 0:
+        raise UserError(f"the temperature is {args.temperature}: use 0 (the likelier bit) or more.")
+    options: dict[str, Any] = {
+        "guidance": args.guidance if args.guidance in ("ucf", "t2v") else _number(args.guidance),
+        "temperature": args.temperature,
+    }
+    prompts = read_prompts(args.prompt_file) if args.prompt_file else [Prompt(args.prompt)]
+    pipe = VideoARPipeline.from_pretrained(args.model, device=args.device)
+    frames = pipe.frames_for(args.seconds) if args.seconds is not None else args.frames
+    given = Given(args.image, args.video, args.video_frames)
+    many = (args.samples, args.seed, args.batch_size, given)
+    if args.grid:
+        out = generate_grid(pipe, [prompt.text for prompt in prompts], args.out, frames, *many, **options)
+    elif args.prompt_file or args.samples > 1:
+        out = generate_folder(pipe, prompts, args.out, frames, *many, format=args.format, **options)
     else:
-        out = generate_file(
-            pipe,
-            args.prompt,
-            args.out,
-            frames,
-            args.seed,
-            image=args.image,
-            video=args.video,
-            video_frames=args.video_frames,
-            **options,
-        )
+        out = generate_file(pipe, args.prompt, args.out, frames, args.seed, given, **options)
     print(out)
+
+
+def info(args: argparse.Namespace, _: list[str]) -> None:
+    from tokenizer.video_metadata import read_metadata
+
+    print(json.dumps(read_metadata(args.file), indent=2, ensure_ascii=False))
 
 
 def _number(text: str) -> float:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
-        raise UserError(f"the guidance '{text}' is neither ucf, t2v nor a number: choose one of them.") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"the guidance '{text}' is neither ucf, t2v nor a number: choose one of them.")
+    return number
 
 
 def evaluate_shapes(args: argparse.Namespace, _: list[str]) -> None:
@@ -318,10 +331,20 @@ def _parser() -> argparse.ArgumentParser:
     what = command.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="what to show")
     what.add_argument(
-        "--prompt-file", type=Path, help="a CSV with a column caption, or one prompt a line; --out is then a folder"
+        "--prompt-file", type=Path,
+        help="a CSV with a column caption (and name, for the files), or one prompt a line; --out is then a folder",
+    )  # fmt: skip
+    command.add_argument(
+        "--out", type=Path, required=True,
+        help="an .mp4, .gif or .png file; without an ending a folder for .png frames; a folder of videos with --prompt-file or --samples",
+    )  # fmt: skip
+    command.add_argument(
+        "--grid",
+        action="store_true",
+        help="all videos in the one file --out, a row a prompt; .png: their middle frames",
     )
     command.add_argument(
-        "--out", type=Path, required=True, help="an .mp4, .gif or .png file; a folder with --prompt-file"
+        "--format", choices=("mp4", "gif", "frames"), default="mp4", help="of videos in a folder (default: %(default)s)"
     )
     given = command.add_mutually_exclusive_group()
     given.add_argument("--image", type=Path, help="the first frame")
@@ -330,9 +353,7 @@ def _parser() -> argparse.ArgumentParser:
     length = command.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, help="length of the video")
     length.add_argument("--frames", type=int, help="length of the video in frames, 1+4n")
-    command.add_argument(
-        "--samples", type=int, default=1, help="videos a prompt, with --prompt-file (default: %(default)s)"
-    )
+    command.add_argument("--samples", type=int, default=1, help="videos a prompt (default: %(default)s)")
     command.add_argument(
         "--seed", type=int, default=0, help="of the first video; the others count on (default: %(default)s)"
     )
@@ -340,10 +361,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--temperature", type=float, default=1.0, help="of the drawn bits; 0: the likelier bit (default: %(default)s)"
     )
-    command.add_argument(
-        "--batch-size", type=int, default=16, help="videos at once, with --prompt-file (default: %(default)s)"
-    )
+    command.add_argument("--batch-size", type=int, default=16, help="videos at once (default: %(default)s)")
     command.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
+
+    command = add(verbs, "info", info, "print what a generated video says about itself: model, prompt, seed, guidance")
+    command.add_argument("file", type=Path, help="an .mp4, .gif or .png, or a folder of frames")
 
     group = verbs.add_parser("evaluate", help="score videos").add_subparsers(
         dest="action", required=True, metavar="ACTION"

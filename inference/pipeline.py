@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -238,15 +239,20 @@ class VideoARPipeline:
         wanted = self._request(prompt, class_label, seed, num_frames, image, video, given_frames, size)
         schedule, clips, codes = wanted.schedule, [], []
         rounds = range(0, len(wanted.seeds), max(1, batch_size))
-        meter = Meter("generating latent frames", len(rounds) * wanted.latent_frames) if progress else None
-        for start in rounds:
-            frames = []
-            for bits in self._sample(wanted, slice(start, start + max(1, batch_size)), guidance, temperature, window):
-                frames.append(bits)
-                if meter:
-                    meter.advance()
-            codes.append(Codes(tuple(torch.stack(scale, dim=1) for scale in zip(*frames)), schedule))
-            clips += list(to_pixels(self.tokenizer.decode(codes[-1])))
+        with (
+            Meter("generating latent frames", len(rounds) * wanted.latent_frames)
+            if progress
+            else nullcontext() as meter
+        ):
+            for start in rounds:
+                frames = []
+                part = slice(start, start + max(1, batch_size))
+                for bits in self._sample(wanted, part, guidance, temperature, window):
+                    frames.append(bits)
+                    if meter is not None:
+                        meter.advance()
+                codes.append(Codes(tuple(torch.stack(scale, dim=1) for scale in zip(*frames)), schedule))
+                clips += list(to_pixels(self.tokenizer.decode(codes[-1])))
         merged = Codes(tuple(torch.cat(scale) for scale in zip(*(part.bits for part in codes))), schedule)
         return VideoOutput(clips[0] if single else clips, merged, wanted.known, self.config.fps)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,7 +11,7 @@ from typing import Any
 
 import av
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tokenizer.errors import UserError
 from tokenizer.frames import TOLERANCE, FrameClock, cover, only_video_stream, to_array
@@ -35,22 +36,52 @@ def read_image(source: Any, size: tuple[int, int]) -> np.ndarray:
     if isinstance(source, av.VideoFrame):
         return to_array(source, *size)[None]
     if isinstance(source, Image.Image):
-        source = np.asarray(source.convert("RGB"))
+        source = np.asarray(to_rgb(source))
     pixels = _check_pixels(np.asarray(source), 3, "an image", "[H, W, 3]")
-    return cover(pixels, *size)[None]
+    return cover(_centre(pixels, size), *size)[None]
+
+
+def _centre(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Cuts off most of what is cropped anyway of a very long strip, which scaled as a whole would not fit into memory."""
+    tall, wide = pixels.shape[:2]
+    # far beyond the wanted shape, so that ordinary pictures are scaled as a whole, as in training
+    most_tall, most_wide = 16 * -(-wide * size[0] // size[1]), 16 * -(-tall * size[1] // size[0])
+    top, left = max(0, tall - most_tall) // 2, max(0, wide - most_wide) // 2
+    return pixels[top : tall - top, left : wide - left]
 
 
 def _open_image(file: Path) -> Image.Image | av.VideoFrame:
     try:
-        image = Image.open(file)
-        image.load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(file)
+            image.load()
         return image
     except UnidentifiedImageError:
         with suppress(UserError, StopIteration):
             return next(_decode(file, fps=1.0))
         raise UserError(f"{file} is neither an image nor a video: give a PNG, JPEG or video file.") from None
-    except OSError as error:
-        raise UserError(f"{file} can't be read as an image ({error}): give a PNG, JPEG or video file.") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        most = (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        raise UserError(f"{file} has more than {most} million pixels: give a smaller image.") from None
+    except Exception as error:  # a broken file makes its format's reader fail in ways of its own
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{file} can't be read as an image ({reason}): give a PNG, JPEG or video file.") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as one shows it: turned upright, transparency on white, 16 and 32 bits scaled to 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        largest = values.max(initial=0)
+        # the mode I;16 says its range; of the others only the values tell
+        whole = 65535.0 if image.mode.startswith("I;") or largest > 255 else (255.0 if largest > 1 else 1.0)
+        image = Image.fromarray((values.clip(0, whole) * (255 / whole)).round().astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def read_video(source: Any, size: tuple[int, int], fps: float, last: int | None = None) -> np.ndarray:
