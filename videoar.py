@@ -165,6 +165,18 @@ def evaluate_reconstruction(args: argparse.Namespace, _: list[str]) -> None:
     print(summary(result), end="")
 
 
+def evaluate_fvd(args: argparse.Namespace, _: list[str]) -> None:
+    from evaluation.fvd_protocol import evaluate_fvd as run
+    from evaluation.fvd_protocol import summary
+
+    result = run(
+        args.real, args.out, args.i3d, args.generated, args.tokenizer, args.split, args.shape, args.fps, args.start, args.clips,
+        args.seed, args.batch_size, args.device,
+    )  # fmt: skip
+    if result is not None:
+        print(summary(result))
+
+
 def demo(args: argparse.Namespace, words: list[str]) -> None:
     from pretrain.demo import DemoConfig
     from pretrain.demo import demo as run
@@ -398,6 +410,35 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     command.add_argument("--batch-size", type=int, default=8, help="clips at once (default: %(default)s)")
     command.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
+
+    command = add(
+        group, "fvd", evaluate_fvd,
+        "gFVD of generated videos, or rFVD of a tokenizer, against real ones; under torchrun for more than one process",
+    )  # fmt: skip
+    _folder(command, "--real", "UCF-101's folder, any folder of videos, or a table with the columns path,caption")
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("--generated", type=Path, help="gFVD: a folder of `videoar generate`, or of any videos")
+    what.add_argument("--tokenizer", type=Path, help="rFVD: the tokenizer, which reconstructs the real clips")
+    _folder(command, "--out", "the JSON file for the score, with seeds, hashes and versions")
+    command.add_argument(
+        "--i3d", type=Path, help="the torchscript file of I3D; loading it runs its code, so know its origin"
+    )
+    command.add_argument(
+        "--split", type=Path, action="append", default=[], metavar="LIST",
+        help="take the real videos of this list of UCF-101, such as ucfTrainTestlist/trainlist01.txt; may be repeated",
+    )  # fmt: skip
+    command.add_argument(
+        "--shape", default="128x128x17", help="of the clips, HEIGHTxWIDTHxFRAMES (default: %(default)s)"
+    )
+    command.add_argument("--fps", type=float, help="frames a second of the real clips (default: every frame)")
+    command.add_argument(
+        "--start", choices=("random", "centre"), default="random",
+        help="where in a longer video its clip starts (default: %(default)s, by seed and name)",
+    )  # fmt: skip
+    command.add_argument("--clips", type=int, help="of each side, drawn with the seed (default: as many as both have)")
+    command.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: %(default)s)")
+    command.add_argument("--batch-size", type=int, default=8, help="clips at once (default: %(default)s)")
+    command.add_argument("--device", default="cpu", help="where to run: cpu or cuda (default: %(default)s)")
 
     command = add(
         verbs, "demo", demo, "everything on this machine, from video files to a report", "pretrain.demo:DemoConfig"
