@@ -177,6 +177,19 @@ def evaluate_fvd(args: argparse.Namespace, _: list[str]) -> None:
         print(summary(result))
 
 
+def evaluate_vbench(args: argparse.Namespace, _: list[str]) -> None:
+    from evaluation.vbench import evaluate_vbench as run
+
+    guidance = args.guidance if args.guidance in ("ucf", "t2v") else _number(args.guidance)
+    wanted = [name for name in args.dimensions.split(",") if name]
+    result = run(
+        args.model, args.prompts, args.out, wanted, args.samples, args.seconds, args.seed, args.batch_size, args.device,
+        args.generate_only, guidance=guidance, temperature=args.temperature,
+    )  # fmt: skip
+    if result is not None:
+        print((args.out / "vbench.md").read_text(), end="")
+
+
 def demo(args: argparse.Namespace, words: list[str]) -> None:
     from pretrain.demo import DemoConfig
     from pretrain.demo import demo as run
@@ -439,6 +452,28 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: %(default)s)")
     command.add_argument("--batch-size", type=int, default=8, help="clips at once (default: %(default)s)")
     command.add_argument("--device", default="cpu", help="where to run: cpu or cuda (default: %(default)s)")
+
+    command = add(
+        group, "vbench", evaluate_vbench,
+        "make VBench's videos, measure them with its package where that is installed, and write its table; under torchrun the "
+        "processes share the prompts",
+    )  # fmt: skip
+    _folder(command, "--model", "an exported model")
+    _folder(
+        command, "--prompts", "VBench_full_info.json, one of VBench's plain lists, or its folder prompts_per_dimension"
+    )
+    _folder(command, "--out", "the folder for videos, results, vbench.json and vbench.md; the same command goes on")
+    command.add_argument(
+        "--dimensions", default="", help="to measure, with commas (default: all that the prompts are for)"
+    )
+    command.add_argument("--samples", type=int, default=5, help="videos a prompt (default: %(default)s)")
+    command.add_argument("--seconds", type=float, help="length of the videos (default: as trained)")
+    command.add_argument("--seed", type=int, default=0, help="of the first video (default: %(default)s)")
+    command.add_argument("--guidance", default="t2v", help="ucf, t2v, or a number (default: %(default)s)")
+    command.add_argument("--temperature", type=float, default=1.0, help="of the drawn bits (default: %(default)s)")
+    command.add_argument("--batch-size", type=int, default=16, help="videos at once (default: %(default)s)")
+    command.add_argument("--device", default="cpu", help="where to run: cpu or cuda (default: %(default)s)")
+    command.add_argument("--generate-only", action="store_true", help="make the videos, and measure elsewhere")
 
     command = add(
         verbs, "demo", demo, "everything on this machine, from video files to a report", "pretrain.demo:DemoConfig"

@@ -112,7 +112,7 @@ def generate_file(
     check_prompts(pipe, [prompt])
     _check_target(out)
     clip = pipe(prompt=prompt, num_frames=frames, seed=seed, progress=True, **given.options(pipe), **options).frames
-    _write(clip, out, pipe.fps, _metadata(pipe, fingerprint(pipe.model), prompt, seed, clip, given, options))
+    _write(clip, out, pipe.fps, clip_metadata(pipe, fingerprint(pipe.model), prompt, seed, clip, given, options))
     return out
 
 
@@ -151,7 +151,7 @@ def generate_grid(
             clips += [clip[len(clip) // 2][None] if out.suffix.lower() == ".png" else clip for clip in batch]
             meter.advance(len(batch))
     rows = [clips[start : start + samples] for start in range(0, len(clips), samples)]
-    metadata = _metadata(pipe, fingerprint(pipe.model), list(prompts), seed, clips[0], given, options)
+    metadata = clip_metadata(pipe, fingerprint(pipe.model), list(prompts), seed, clips[0], given, options)
     sheet = grid(prompts, rows)
     _write(sheet, out, pipe.fps, metadata | {"grid": [len(prompts), samples], "seed": [seed, seed + len(jobs) - 1]})
     return out
@@ -203,7 +203,7 @@ def generate_folder(
         for clips, seeds in _clips(pipe, jobs, frames, seed, batch_size, given, options):
             for clip, clip_seed in zip(clips, seeds):
                 prompt, name = jobs[len(rows)], names[len(rows)]
-                metadata = _metadata(pipe, model, prompt, clip_seed, clip, given, options)
+                metadata = clip_metadata(pipe, model, prompt, clip_seed, clip, given, options)
                 _write(clip, folder / name, pipe.fps, metadata)
                 rows.append({"path": name, "caption": prompt, "seed": clip_seed})
             meter.advance(len(clips))
@@ -223,7 +223,10 @@ def _clips(
     for start in range(0, len(jobs), batch_size):
         part = jobs[start : start + batch_size]
         seeds = [seed + start + i for i in range(len(part))]
-        yield pipe(prompt=part, num_frames=frames, seed=seeds, **start_from, **options).frames, seeds
+        yield (
+            pipe(prompt=part, num_frames=frames, seed=seeds, batch_size=batch_size, **start_from, **options).frames,
+            seeds,
+        )
 
 
 def _names(prompts: Sequence[Prompt], samples: int, ending: str) -> list[str]:
@@ -239,7 +242,7 @@ def _names(prompts: Sequence[Prompt], samples: int, ending: str) -> list[str]:
     return names
 
 
-def _metadata(
+def clip_metadata(
     pipe: VideoARPipeline, model: str, prompt: str | list[str], seed: int, clip: np.ndarray, given: Given, options: Any
 ) -> dict[str, Any]:
     """What makes the same video again."""

@@ -13,7 +13,8 @@ from tokenizer.video_file import write_video
 HOUSE = Path(__file__).resolve().parents[2]
 VERBS = [
     ["corpus"], ["shards"], ["tokenizer", "train"], ["tokenizer", "inflate"], ["tokenizer", "reconstruct"], ["encode"], ["pretrain"],
-    ["export"], ["generate"], ["info"], ["evaluate", "shapes"], ["evaluate", "reconstruction"], ["evaluate", "fvd"], ["demo"], ["report"],
+    ["export"], ["generate"], ["info"], ["evaluate", "shapes"], ["evaluate", "reconstruction"], ["evaluate", "fvd"],
+    ["evaluate", "vbench"], ["demo"], ["report"],
 ]  # fmt: skip
 
 
