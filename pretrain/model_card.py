@@ -73,9 +73,11 @@ def write_card(
 
 def _front(model: ModelConfig) -> str:
     kind = "class-to-video" if model.num_classes else "text-to-video"
+    # Hugging Face knows no tag for classes
+    tag = "" if model.num_classes else f"pipeline_tag: {kind}\n"
     return (
-        f"---\nlibrary_name: videoar\npipeline_tag: {'other' if model.num_classes else kind}\ntags: [videoar, {kind}]\n"
-        f"license: other\n---\n\n# VideoAR, {_count(model.parameter_count())} parameters, {kind}\n\n"
+        f"---\nlibrary_name: videoar\n{tag}tags: [videoar, {kind}]\nlicense: other\n---\n\n"
+        f"# VideoAR, {_count(model.parameter_count())} parameters, {kind}\n\n"
         "A visual-autoregressive video model: next-frame and next-scale prediction of bits (*VideoAR*, Ji et al., 2026).\n"
     )
 

@@ -98,6 +98,23 @@ def test_the_card_says_what_was_done(run, tmp_path):
     assert "| second |" not in card and "No validation was recorded" in card and "None was asked for" in card
 
 
+def test_a_card_without_the_codes(run, tmp_path):
+    (run / "codes").rename(run / "elsewhere")
+    try:
+        with pytest.raises(UserError, match="no caption is at hand to show: give one with --sample-prompt"):
+            export(run / "run", tmp_path / "asked", sampling=Sampling("yes"))
+        assert not list(tmp_path.iterdir())
+        export(run / "run", tmp_path / "model")
+        export(run / "run", tmp_path / "prompted", sampling=Sampling("yes", "a word", seed=3))
+    finally:
+        (run / "elsewhere").rename(run / "codes")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "None was made: no caption is at hand" in card and card.count("| not at hand at export | ? |") == 4
+    assert not (tmp_path / "model" / "sample.gif").exists()
+    assert "`a word`, seed 3" in (tmp_path / "prompted" / "README.md").read_text()
+    assert (tmp_path / "prompted" / "sample.gif").is_file()
+
+
 def test_a_model_is_replaced_as_a_whole_and_nothing_else_is(run, tmp_path, monkeypatch, capsys):
     out = tmp_path / "model"
     export(run / "run", out, max_shard_size=20_000, sampling=NO_SAMPLE)
