@@ -101,6 +101,12 @@ def _network(model: ModelConfig, export: Mapping[str, Any], weights: WeightFiles
     return "## Network\n\n" + _table(("", ""), rows.items())
 
 
+def _encoder(export: Mapping[str, Any]) -> str:
+    """Its specification without the folders of this machine."""
+    kind, _, folder = export["text_encoder"].partition(":")
+    return f"{kind}:{Path(folder).name}" if folder else kind
+
+
 def _sample(
     model_dir: Path, model: ModelConfig, export: Mapping[str, Any], stages: list[Any], sampling: Sampling,
     device: str | torch.device,
