@@ -135,6 +135,13 @@ def info(args: argparse.Namespace, _: list[str]) -> None:
     print(json.dumps(read_metadata(args.file), indent=2, ensure_ascii=False))
 
 
+def serve(args: argparse.Namespace, words: list[str]) -> None:
+    from inference.serving.config import ServeConfig
+    from inference.serving.server import serve as run
+
+    run(args.model, args.device, settings.load(ServeConfig, args.config, words))
+
+
 def _number(text: str) -> float:
     try:
         number = float(text)
@@ -391,6 +398,13 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add(verbs, "info", info, "print what a generated video says about itself: model, prompt, seed, guidance")
     command.add_argument("file", type=Path, help="an .mp4, .gif or .png, or a folder of frames")
+
+    command = add(
+        verbs, "serve", serve, "serve a model to programs and browsers until Ctrl-C",
+        "inference.serving.config:ServeConfig",
+    )  # fmt: skip
+    _folder(command, "--model", "an exported model")
+    command.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
 
     group = verbs.add_parser("evaluate", help="score videos").add_subparsers(
         dest="action", required=True, metavar="ACTION"

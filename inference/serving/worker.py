@@ -1,0 +1,119 @@
+"""The one thread that generates. What goes wrong in a job is that job's; the next one is taken."""
+
+from __future__ import annotations
+
+import gc
+import io
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from inference.pipeline import VideoARPipeline
+from inference.serving.jobs import CANCELLED, COMPLETED, FAILED, Job, JobStore
+from inference.serving.metrics import Metrics
+from tokenizer.errors import UserError
+from tokenizer.video_file import write_video
+
+log = logging.getLogger("videoar.serve")
+
+
+class _Cancelled(Exception):
+    """Nobody wants the rest."""
+
+
+class Worker(threading.Thread):
+    """Takes job after job from the queue until the store is stopped.
+
+    Args:
+        pipe: the model.
+        store: the jobs.
+        metrics: what is counted.
+    """
+
+    def __init__(self, pipe: VideoARPipeline, store: JobStore, metrics: Metrics):
+        # a frame may take long: the end of the process does not wait for it
+        super().__init__(name="videoar-worker", daemon=True)
+        self.pipe, self.store, self.metrics = pipe, store, metrics
+
+    def run(self) -> None:
+        """Until the store is stopped."""
+        while (job := self.store.take()) is not None:
+            start, error = time.monotonic(), None
+            try:
+                self._generate(job, start)
+                status = COMPLETED
+            except _Cancelled:
+                status = CANCELLED
+            except Exception as problem:  # whatever it is, the server lives on
+                status, error = FAILED, _explained(problem, job)
+            if error is not None and error[0] == "out_of_memory":
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+            job.raw_file.unlink(missing_ok=True)
+            seconds = time.monotonic() - start
+            self.store.finish(job, status, seconds, error)
+            self.metrics.jobs.labels(job.status).inc()
+            if job.status == COMPLETED:
+                self.metrics.seconds.observe(seconds)
+
+    def _generate(self, job: Job, start: float) -> None:
+        """Frames as they come: a JPEG each for those who watch, and pixels on disk for the video."""
+        wanted, shape = job.wanted, (job.wanted.num_frames, *job.wanted.size, 3)
+        # on disk: memory does not grow with the length
+        pixels = np.memmap(job.raw_file, dtype=np.uint8, mode="w+", shape=shape)
+        frames = self.pipe.stream(
+            num_frames=wanted.num_frames, guidance=wanted.guidance, temperature=wanted.temperature, seed=wanted.seed,
+            size=wanted.size, **self._condition(wanted.prompt), **_given(job),
+        )  # fmt: skip
+        for chunk in frames:
+            for frame in chunk:
+                pixels[job.frames_done] = frame
+                _write_frame(frame, job.frame_file(job.frames_done))
+                if job.frames_done == 0:
+                    self.metrics.first_frame.observe(time.monotonic() - start)
+                job.frames_done += 1
+            self.metrics.frames.inc(len(chunk))
+            job.changed()
+            if job.cancelled or self.store.stopped:
+                raise _Cancelled
+        write_video(pixels, job.video_file, self.pipe.fps)
+
+    def _condition(self, prompt: str) -> dict[str, Any]:
+        if self.pipe.config.num_classes and not self.pipe.class_names:
+            return {"class_label": int(prompt)}
+        return {"prompt": prompt}
+
+
+def _given(job: Job) -> dict[str, Any]:
+    if job.given is None:
+        return {}
+    frames = np.load(job.given_file, allow_pickle=False)
+    return {"image": frames[0]} if job.given == "image" else {"video": frames}
+
+
+def _write_frame(frame: np.ndarray, file: Path) -> None:
+    buffer = io.BytesIO()
+    # full chroma: small frames are shown enlarged
+    Image.fromarray(frame).save(buffer, "JPEG", quality=92, subsampling=0)
+    file.write_bytes(buffer.getvalue())
+
+
+def _explained(problem: Exception, job: Job) -> tuple[str, str]:
+    """Code and message for the job's client; the log gets all of it."""
+    if isinstance(problem, UserError):
+        return "invalid_request", str(problem)
+    log.error("%s failed", job.id, exc_info=problem)
+    # torch's CPU allocator raises a plain RuntimeError
+    if isinstance(problem, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(problem):
+        return "out_of_memory", "the server ran out of memory for this video: ask for a shorter or a smaller one."
+    return (
+        "server_error",
+        "the server failed at this video: try again, and tell its owner, whose log says why, if it fails again.",
+    )
