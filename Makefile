@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs/demo
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint clean browser
 
 setup: .venv/.installed
 
@@ -30,8 +30,16 @@ lint: setup
 	$(BIN)/basedpyright --level error
 	$(BIN)/lint-imports
 
+# the page of `videoar serve` is tested in a real browser (300 MB); without one those tests are skipped and say so
+browser:
+	@command -v chromium chromium-browser >/dev/null 2>&1 || { \
+		echo "installing chromium"; \
+		{ $$( [ "$$(id -u)" = 0 ] || echo sudo ) apt-get -qq update && \
+		$$( [ "$$(id -u)" = 0 ] || echo sudo ) apt-get -qq install -y --no-install-recommends chromium >/dev/null; } || \
+		echo "chromium can't be installed: the page's tests will be skipped" >&2; }
+
 # two workers with a thread each: the tests are made for 2 cores
-test: lint
+test: lint browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean:
