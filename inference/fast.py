@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inference.model import Attention, FeedForward, Rotary, VideoARTransformer
+from inference.model import Attention, Block, FeedForward, Rotary, VideoARTransformer
 from inference.rope import apply_rotary
 from tokenizer.errors import UserError
 
@@ -37,6 +37,7 @@ def prepare(model: VideoARTransformer, weights: Weights) -> None:
     if weights != "fast":
         raise UserError(f"the weights '{weights}' are unknown: choose plain, fast or int8.")
     for layer in model.layers:
+        assert isinstance(layer, Block)
         layer.attention = FastAttention(layer.attention)
         layer.feed_forward = FastFeedForward(layer.feed_forward)
 
