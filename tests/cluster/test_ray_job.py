@@ -38,6 +38,11 @@ sys.exit(submit_encode(encode, RayJobConfig(**job), wait))
 """
 
 
+def _as_in_a_terminal() -> None:
+    _end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores it, and so would its children
+
+
 @dataclass
 class Cluster:
     """A cluster and a folder with raw/, tokenizer/ and what the tests make."""
@@ -67,7 +72,7 @@ class Cluster:
     def _start(self, *words: str, **environment: str) -> subprocess.Popen:
         return subprocess.Popen(
             [sys.executable, *words], cwd=ROOT, env=self.head.environment | environment, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, preexec_fn=_end_with_parent,
+            stderr=subprocess.PIPE, text=True, preexec_fn=_as_in_a_terminal,
         )  # fmt: skip
 
     def job(self, out: str) -> dict:
