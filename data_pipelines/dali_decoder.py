@@ -15,8 +15,8 @@ import av
 import numpy as np
 from nvidia.dali import fn, pipeline_def, types
 
-from data_pipelines.decode import DecodeError, Decoder
-from tokenizer.frames import TOLERANCE, only_video_stream
+from data_pipelines.decode import DecodeError, Decoder, ascending
+from tokenizer.frames import TOLERANCE, Covering, only_video_stream
 
 CODECS = {"cuda": ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4"), "cpu": ("vp9", "mjpeg")}
 
@@ -42,9 +42,7 @@ class DALIDecoder:
     def decode(
         self, video: bytes, times: Sequence[float] | np.ndarray, height: int, width: int, rotation: int = 0
     ) -> np.ndarray:
-        wanted = np.asarray(times, dtype=np.float64)
-        if wanted.size == 0 or (np.diff(wanted) < 0).any():
-            raise ValueError("times must be ascending and at least one")
+        wanted = ascending(times)
         try:
             return self._decode(video, wanted, height, width, rotation)
         except NotForDALI:
@@ -57,19 +55,14 @@ class DALIDecoder:
         if wanted[-1] > shown[-1] + TOLERANCE:
             raise DecodeError(f"the video ends at {shown[-1]:.3f} s, {wanted[-1]:.3f} s was wanted")
         numbers = np.searchsorted(shown, wanted + TOLERANCE, side="right") - 1  # the last frame at or before each time
-        turns = rotation // 90 % 4
-        if turns % 2:
-            height, width = width, height
-        scale = max(height / size[0], width / size[1])
-        tall, wide = max(height, round(size[0] * scale)), max(width, round(size[1] * scale))
+        cover = Covering.of(*size, rotation, height, width)
         try:
-            frames = self._run(video, numbers.clip(0).astype(np.int32), (tall, wide))  # [T, tall, wide, 3]
+            frames = self._run(video, numbers.clip(0).astype(np.int32), (cover.tall, cover.wide))  # [T, tall, wide, 3]
         except RuntimeError as error:
             self._threads.pipeline = None  # it is of no use after an error
             reason = next((line for line in str(error).splitlines() if "Assert" in line), str(error).splitlines()[-1])
             raise NotForDALI(f"decoding failed: {reason.strip()[:200]}") from error
-        top, left = (tall - height) // 2, (wide - width) // 2
-        return np.rot90(frames[:, top : top + height, left : left + width], turns, (1, 2))
+        return np.rot90(frames[:, cover.rows, cover.columns], cover.quarter_turns, (1, 2))
 
     def _run(self, video: bytes, numbers: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         if getattr(self._threads, "pipeline", None) is None:

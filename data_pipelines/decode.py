@@ -52,6 +52,14 @@ class Decoder(Protocol):
         ...
 
 
+def ascending(times: Sequence[float] | np.ndarray) -> np.ndarray:
+    """The wanted times of a `Decoder`, checked, float64 [T]."""
+    wanted = np.asarray(times, dtype=np.float64)
+    if wanted.size == 0 or (np.diff(wanted) < 0).any():
+        raise ValueError("times must be ascending and at least one")
+    return wanted
+
+
 def choose_decoder(name: str = "auto") -> Decoder:
     """The one place where a back end is chosen.
 
@@ -88,9 +96,7 @@ class PyAVDecoder:
     def decode(
         self, video: bytes, times: Sequence[float] | np.ndarray, height: int, width: int, rotation: int = 0
     ) -> np.ndarray:
-        wanted = np.asarray(times, dtype=np.float64)
-        if wanted.size == 0 or (np.diff(wanted) < 0).any():
-            raise ValueError("times must be ascending and at least one")
+        wanted = ascending(times)
         planes = np.empty((3, len(wanted), height, width), dtype=np.uint8)
         try:
             for seek in (True, False) if wanted[0] > SEEK_FROM else (False,):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import av
 import av.container
@@ -42,6 +43,36 @@ def only_video_stream(container: av.container.InputContainer) -> av.VideoStream 
     return None
 
 
+@dataclass(frozen=True)
+class Covering:
+    """How frames come to a size, in every decoder: scaled (aspect ratio kept) until they cover it, cropped at the centre, turned upright.
+
+    Args:
+        tall, wide: what frames are scaled to.
+        rows, columns: what is kept of that.
+        quarter_turns: counter-clockwise, afterwards.
+        smaller: scaling goes down.
+    """
+
+    tall: int
+    wide: int
+    rows: slice
+    columns: slice
+    quarter_turns: int
+    smaller: bool
+
+    @classmethod
+    def of(cls, frame_height: int, frame_width: int, rotation: int, height: int, width: int) -> Covering:
+        """For frames as they are stored, the degrees that turn them upright, and the size of the result."""
+        quarter_turns = round(rotation / 90) % 4
+        if quarter_turns % 2:
+            height, width = width, height
+        scale = max(height / frame_height, width / frame_width)
+        tall, wide = max(height, round(frame_height * scale)), max(width, round(frame_width * scale))
+        top, left = (tall - height) // 2, (wide - width) // 2
+        return cls(tall, wide, slice(top, top + height), slice(left, left + width), quarter_turns, scale < 1)
+
+
 class Scaler:
     """Frames as pixels: turned upright, scaled (aspect ratio kept) until they cover a size, and cropped at the centre.
 
@@ -55,6 +86,7 @@ class Scaler:
         self.height, self.width = height, width
         self._reformatter = VideoReformatter()
         self._seen: tuple[int, int, int] | None = None  # height, width and rotation of the last frame
+        self._cover: Covering | None = None  # for such frames
 
     def __call__(self, frame: av.VideoFrame, out: np.ndarray | None = None) -> np.ndarray:
         """Scales a frame.
@@ -67,31 +99,17 @@ class Scaler:
             uint8 [height, width, 3], RGB, a view of planes in memory.
         """
         planes = np.empty((3, self.height, self.width), dtype=np.uint8) if out is None else out
-        if self._seen != (seen := (frame.height, frame.width, frame.rotation)):
-            self._seen = seen
-            self._plan(*seen)
-        tall, wide, kind = self._size
+        if self._cover is None or self._seen != (frame.height, frame.width, frame.rotation):
+            self._seen = (frame.height, frame.width, frame.rotation)
+            self._cover = Covering.of(*self._seen, self.height, self.width)
+        cover, kind = self._cover, DOWN if self._cover.smaller else UP
         # planes come three times as fast as packed pixels, and are what the networks want
-        scaled = self._reformatter.reformat(frame, wide, tall, "gbrp", None, None, kind, threads=1)
-        rows, columns = self._crop
+        scaled = self._reformatter.reformat(frame, cover.wide, cover.tall, "gbrp", None, None, kind, threads=1)
         for plane, channel in zip(scaled.planes, (1, 2, 0)):
             pixels = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)  # [tall, wide and padding]
-            pixels = pixels[rows, columns]
-            planes[channel] = np.rot90(pixels, self._quarter_turns) if self._quarter_turns else pixels
+            pixels = pixels[cover.rows, cover.columns]
+            planes[channel] = np.rot90(pixels, cover.quarter_turns) if cover.quarter_turns else pixels
         return planes.transpose(1, 2, 0)
-
-    def _plan(self, frame_height: int, frame_width: int, rotation: int) -> None:
-        """What to do with frames of this size."""
-        height, width = self.height, self.width
-        self._quarter_turns = round(rotation / 90) % 4  # counter-clockwise
-        if self._quarter_turns % 2:
-            height, width = width, height
-        scale = max(height / frame_height, width / frame_width)
-        tall = max(height, round(frame_height * scale))
-        wide = max(width, round(frame_width * scale))
-        self._size = (tall, wide, DOWN if scale < 1 else UP)
-        top, left = (tall - height) // 2, (wide - width) // 2
-        self._crop = (slice(top, top + height), slice(left, left + width))
 
 
 def to_array(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:

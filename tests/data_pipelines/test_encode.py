@@ -238,18 +238,24 @@ class Poisoned:
         return self.decoder.decode(video, *arguments)
 
 
-def test_a_row_that_kills_its_worker_is_set_aside_and_a_size_without_clips_is_an_error(
-    base: Path, undisturbed: tuple[Path, list], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def poison(monkeypatch: pytest.MonkeyPatch, deadly: bytes, ahead: bool) -> None:
+    """Workers die at this video, which they decode one by one or ahead."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    deadly, poisoned = ShardFolder(base / "raw")[9]["video"], Poisoned
+    poisoned = Poisoned
 
     class PoisonedActor(EncodeActor):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             self.encoder.decoder = poisoned(choose_decoder("pyav"), deadly)
+            self.encoder.decoding = ThreadPoolExecutor(2) if ahead else None
 
     monkeypatch.setattr(EncoderPool, "actor_class", PoisonedActor)
+
+
+def test_a_row_that_kills_its_worker_is_set_aside_and_a_size_without_clips_is_an_error(
+    base: Path, undisturbed: tuple[Path, list], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    poison(monkeypatch, ShardFolder(base / "raw")[9]["video"], ahead=False)
     monkeypatch.setattr(encode_pool, "KILLS", 2)  # a new worker takes seconds to start
     short, long = VARIANTS[0], "32x32x33"
     with pytest.raises(UserError, match="none of the 20 clips .* could be encoded at 32x32x33"):
@@ -278,16 +284,7 @@ def test_decoding_ahead_as_beside_a_gpu_changes_no_byte(base: Path, undisturbed:
 def test_a_row_that_kills_a_worker_which_decodes_ahead_is_found_one_by_one(
     base: Path, undisturbed: tuple[Path, list], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    deadly, poisoned = ShardFolder(base / "raw")[9]["video"], Poisoned
-
-    class PoisonedActor(EncodeActor):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            self.encoder.decoder = poisoned(choose_decoder("pyav"), deadly)
-            self.encoder.decoding = ThreadPoolExecutor(2)
-
-    monkeypatch.setattr(EncoderPool, "actor_class", PoisonedActor)
+    poison(monkeypatch, ShardFolder(base / "raw")[9]["video"], ahead=True)
     monkeypatch.setattr(encode_pool, "KILLS", 1)
     [summary] = encode(settings(base, tmp_path, variants=VARIANTS[0], num_workers=1))
     assert (summary.rows_out, summary.dead) == (18, 2)
