@@ -7,6 +7,7 @@ python -m torch.distributed.run --nproc-per-node 2 -m videoar pretrain --config 
 from __future__ import annotations
 
 import math
+import platform
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -26,6 +27,7 @@ from parallel.setup import ParallelConfig, ProcessInfo, destroy, initialize
 from parallel.train_step import Microbatch, StepResult, build_model, build_optimizer, forward_backward, update
 from pretrain.bitwise_loss import bitwise_loss
 from pretrain.config import PretrainConfig
+from pretrain.events import write_event
 from pretrain.objective import ObjectiveConfig, prepare
 from pretrain.sample_log import SampleLog
 from pretrain.schedule import learning_rate
@@ -88,6 +90,7 @@ def pretrain(config: PretrainConfig) -> Position:
         out.mkdir(parents=True, exist_ok=True)
         settings.save(config, out / "config.yaml")
         trainer.log = MetricsLog(out, position.global_step, config.wandb, settings.to_dict(config))
+        write_event(out, "start", position.global_step, world_size=info.world_size, host=platform.node())
     if config.log_samples and info.first_of_its_clips:
         trainer.samples = SampleLog(out, info.data_parallel_rank, info.data_parallel_size, position.global_step)
     try:
@@ -97,6 +100,9 @@ def pretrain(config: PretrainConfig) -> Position:
                 if stop.stopping:
                     break
             trainer.saver.wait()
+        if info.rank == 0:
+            finished = position.stage == len(plan.stages)
+            write_event(out, "finished" if finished else "stopped", position.global_step)
     finally:
         if trainer.log is not None:
             trainer.log.close()

@@ -1,0 +1,41 @@
+"""What happened to a run, one JSON line an event, in `events.jsonl`: starts, saves, faults and what was done about them, the end.
+
+    {"time": 1764172800.0, "event": "start", "global_step": 120, "world_size": 8, "host": "n1"}
+
+Unlike metrics.jsonl it is never cut back: a step that was lost stays lost in it. Only rank 0 writes, but for events of one rank.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+FILE = "events.jsonl"
+
+
+def write_event(out: Path, event: str, global_step: int, **details: Any) -> None:
+    """Appends one event; a single write, so that lines of several processes do not mix.
+
+    Args:
+        out: the run's folder.
+        event: its name: lower case, words joined by underscores.
+        global_step: finished steps of all stages.
+        details: what else a reader should know; JSON values.
+    """
+    line = {"time": round(time.time(), 3), "event": event, "global_step": global_step, **details}
+    with (out / FILE).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_events(out: Path) -> list[dict[str, Any]]:
+    """All events of a run, oldest first; a line that a kill or a full disk cut short is left out."""
+    events = []
+    if (out / FILE).exists():
+        for line in (out / FILE).read_text().splitlines():
+            try:
+                events.append(json.loads(line))
+            except ValueError:
+                continue
+    return events
