@@ -116,7 +116,7 @@ def generate(args: argparse.Namespace, _: list[str]) -> None:
         "temperature": args.temperature,
     }
     prompts = read_prompts(args.prompt_file) if args.prompt_file else [Prompt(args.prompt)]
-    pipe = VideoARPipeline.from_pretrained(args.model, device=args.device)
+    pipe = VideoARPipeline.from_pretrained(args.model, args.device, **_loading(args))
     frames = pipe.frames_for(args.seconds) if args.seconds is not None else args.frames
     given = Given(args.image, args.video, args.video_frames)
     many = (args.samples, args.seed, args.batch_size, given)
@@ -139,7 +139,17 @@ def serve(args: argparse.Namespace, words: list[str]) -> None:
     from inference.serving.config import ServeConfig
     from inference.serving.server import serve as run
 
-    run(args.model, args.device, settings.load(ServeConfig, args.config, words))
+    run(args.model, args.device, settings.load(ServeConfig, args.config, words), _loading(args))
+
+
+def _loading(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    return {
+        "dtype": None if args.dtype is None else getattr(torch, args.dtype),
+        "weights": args.weights,
+        "compiled": args.compile,
+    }
 
 
 def _number(text: str) -> float:
@@ -395,6 +405,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--batch-size", type=int, default=16, help="videos at once (default: %(default)s)")
     command.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
+    _speed(command)
 
     command = add(verbs, "info", info, "print what a generated video says about itself: model, prompt, seed, guidance")
     command.add_argument("file", type=Path, help="an .mp4, .gif or .png, or a folder of frames")
@@ -405,6 +416,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     _folder(command, "--model", "an exported model")
     command.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
+    _speed(command)
 
     group = verbs.add_parser("evaluate", help="score videos").add_subparsers(
         dest="action", required=True, metavar="ACTION"
@@ -505,6 +517,20 @@ def _parser() -> argparse.ArgumentParser:
 
 def _folder(command: argparse.ArgumentParser, name: str, text: str) -> None:
     command.add_argument(name, type=Path, required=True, help=text)
+
+
+def _speed(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the transformer's numbers (default: as stored)"
+    )
+    command.add_argument(
+        "--weights", choices=("plain", "fast", "int8"), default="plain",
+        help="as stored, laid out for speed, or rounded to eight bits (torchao) (default: %(default)s)",
+    )  # fmt: skip
+    command.add_argument(
+        "--compile", action="store_true",
+        help="on a GPU: torch.compile and CUDA graphs; the first video of a shape takes longer, later ones less",
+    )  # fmt: skip
 
 
 class _HelpSettings(argparse.Action):

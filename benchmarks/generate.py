@@ -32,11 +32,11 @@ from torch import Tensor
 from benchmarks.report import hardware, report
 from benchmarks.timing import best, wait
 from benchmarks.training import network
-from inference.cache import KeyValueCache
 from inference.config import ModelConfig
 from inference.fast import prepare
 from inference.model import VideoARTransformer
 from inference.sampler import sample_frames
+from inference.steps import decoding_steps
 from tokenizer import ScaleSchedule, VideoTokenizer
 from tokenizer.codes import Codes
 from tokenizer.resample import to_values
@@ -110,7 +110,8 @@ def simulate(model: VideoARTransformer, sizes: Sequence[int]) -> None:
     """Another schedule's steps on this network: both branches, guidance, bits drawn and fed back; no change of grids to pay for."""
     config, device = model.config, model.head.weight.device
     layout = SequenceLayout(ScaleSchedule(((16, 16),)), FRAMES, 1)
-    cache = KeyValueCache(config, layout, None, 2, model.head.weight)
+    user = type("User", (), {})()
+    steps = decoding_steps(model, layout, None, 2, user)
     positions = layout.positions(torch.ones(2, dtype=torch.long, device=device))  # [2, S, 3]
     draw, bits = torch.Generator().manual_seed(0), torch.zeros(1, 1, config.bits, dtype=torch.bool, device=device)
     text = model.embedding.embed_text(
@@ -124,8 +125,7 @@ def simulate(model: VideoARTransformer, sizes: Sequence[int]) -> None:
         start, end = 1 + done, 1 + done + size
         if done == 0:
             hidden, start = torch.cat([text, hidden], dim=1), 0
-        hidden = model.transform(hidden, model.rotary(positions[:, start:end]), None, cache)
-        conditional, unconditional = model.logits(hidden[:, -size:]).chunk(2)
+        conditional, unconditional = steps(hidden, model.rotary(positions[:, start:end]), None, size).chunk(2)
         logits = unconditional + 3.0 * (conditional - unconditional)
         bits = torch.rand(logits.shape, generator=draw).to(device) < torch.sigmoid(logits)
         done += size

@@ -28,7 +28,6 @@ import torch.distributed as dist
 from evaluation.fvd_protocol import versions
 from evaluation.vbench_prompts import VBenchPrompt, of_dimensions, read_suite
 from evaluation.vbench_scores import DIMENSIONS, read_results, summarise, tables
-from inference.checkpoint import fingerprint
 from inference.generate import Given, clip_metadata
 from inference.pipeline import VideoARPipeline
 from tokenizer.data_parallel import Ranks, joined
@@ -97,7 +96,7 @@ def evaluate_vbench(
         frames = None if seconds is None else pipe.frames_for(seconds)
         texts = [prompt.text for prompt in suite]
         request = {
-            "model": fingerprint(pipe.model), **pipe.metadata(), "prompts_sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
+            "model": pipe.fingerprint, **pipe.metadata(), "prompts_sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
             "prompts": len(texts), "samples": samples, "frames": frames, "seed": seed, **options,
         }  # fmt: skip
         if ranks.rank == 0:
@@ -149,7 +148,7 @@ def _make(
     ranks: Ranks,
     options: dict[str, Any],
 ) -> None:
-    videos, model = out / "videos", fingerprint(pipe.model)
+    videos, model = out / "videos", pipe.fingerprint
     jobs = [(prompt, sample) for prompt in prompts for sample in range(samples)]
     # of fixed members, whoever makes them and however often: pixels are rounded, and batch mates decide ties
     batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)][ranks.rank :: ranks.size]

@@ -117,12 +117,12 @@ class StoredWeights(Mapping[str, Tensor]):
         return len(self._files.shapes)
 
 
-def fingerprint(model: VideoARTransformer) -> str:
-    """A hash of a model's configuration and weights."""
-    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
-    for name, value in sorted(model.state_dict().items()):
+def fingerprint(config: ModelConfig, weights: Mapping[str, Tensor]) -> str:
+    """A hash of a model's configuration and weights, such as its `state_dict()` or `StoredWeights`."""
+    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
+    for name in sorted(weights):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(weights[name].detach().cpu().contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
     return digest.hexdigest()[:16]
 
 

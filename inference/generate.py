@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from inference.checkpoint import fingerprint
 from inference.grid import grid, grid_size
 from inference.pipeline import VideoARPipeline
 from inference.prompt_file import Prompt, check_length
@@ -112,7 +111,7 @@ def generate_file(
     check_prompts(pipe, [prompt])
     _check_target(out)
     clip = pipe(prompt=prompt, num_frames=frames, seed=seed, progress=True, **given.options(pipe), **options).frames
-    _write(clip, out, pipe.fps, clip_metadata(pipe, fingerprint(pipe.model), prompt, seed, clip, given, options))
+    _write(clip, out, pipe.fps, clip_metadata(pipe, pipe.fingerprint, prompt, seed, clip, given, options))
     return out
 
 
@@ -151,7 +150,7 @@ def generate_grid(
             clips += [clip[len(clip) // 2][None] if out.suffix.lower() == ".png" else clip for clip in batch]
             meter.advance(len(batch))
     rows = [clips[start : start + samples] for start in range(0, len(clips), samples)]
-    metadata = clip_metadata(pipe, fingerprint(pipe.model), list(prompts), seed, clips[0], given, options)
+    metadata = clip_metadata(pipe, pipe.fingerprint, list(prompts), seed, clips[0], given, options)
     sheet = grid(prompts, rows)
     _write(sheet, out, pipe.fps, metadata | {"grid": [len(prompts), samples], "seed": [seed, seed + len(jobs) - 1]})
     return out
@@ -191,10 +190,10 @@ def generate_folder(
     check_prompts(pipe, texts)
     jobs = [text for text in texts for _ in range(samples)]
     names = _names(prompts, samples, "" if format == "frames" else f".{format}")
-    model = fingerprint(pipe.model)
+    model = pipe.fingerprint
     arguments = {
         "kind": "generated videos", "prompts": jobs, "names": names, "seed": seed, "frames": frames, "batch_size": batch_size,
-        "given": given.metadata(), "model": model, **options, **pipe.metadata(),
+        "given": given.metadata(), "model": model, **options, **pipe.numbers, **pipe.metadata(),
     }  # fmt: skip
     if finished(out, arguments) is not None:
         return out  # a chain of commands that was killed may ask again
@@ -248,7 +247,7 @@ def clip_metadata(
     """What makes the same video again."""
     return {
         "program": program_version(), "model": model, "tokenizer": pipe.tokenizer.fingerprint, "prompt": prompt, "seed": seed,
-        "frames": len(clip), "size": list(clip.shape[1:3]), "fps": pipe.fps, "given": given.metadata(), **options,
+        "frames": len(clip), "size": list(clip.shape[1:3]), "fps": pipe.fps, "given": given.metadata(), **options, **pipe.numbers,
     }  # fmt: skip
 
 

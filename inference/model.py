@@ -5,6 +5,7 @@ LLaMA-style pre-norm blocks: RMSNorm, rotary positions, gated SiLU feed-forward,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,11 +21,17 @@ from tokenizer.sequence import SequenceLayout
 
 if TYPE_CHECKING:
     from inference.cache import KeyValueCache
+    from inference.steps import StepGraphs
 
 # without cuDNN's, which plans anew (tens of milliseconds) for every length that a growing cache has
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 Rotary = tuple[Tensor, Tensor]
 """cos and sin of the rotary angles, each float32 [B, S, D/2]."""
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU(gate) up."""
+    return F.silu(gate) * up
 
 
 class Attention(nn.Module):
@@ -34,6 +41,7 @@ class Attention(nn.Module):
         super().__init__()
         hidden = config.hidden_size
         self.heads = config.num_attention_heads
+        self.turn: Callable[[Tensor, Tensor, Tensor], Tensor] = apply_rotary
         self.q_proj = nn.Linear(hidden, hidden, bias=False)
         self.k_proj = nn.Linear(hidden, hidden, bias=False)
         self.v_proj = nn.Linear(hidden, hidden, bias=False)
@@ -46,15 +54,19 @@ class Attention(nn.Module):
         q, k, v = self.project(x, rotary)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # [B, heads, visible, D]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = self.attend(q, k, v, mask)
         return self.output(out.transpose(1, 2).flatten(2))  # [B, heads, S, D] -> [B, S, h]
 
     def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, each [B, heads, S, D]."""
         # [B, S, h] -> [B, S, heads, D]
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        q, k = self.turn(q, *rotary), self.turn(k, *rotary)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Queries [B, heads, n, D] and all visible keys and values [B, heads, L, D] -> [B, heads, n, D]."""
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     def output(self, x: Tensor) -> Tensor:
         """What the heads give, brought together, [B, S, h]."""
@@ -67,12 +79,13 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         hidden, inner = config.hidden_size, config.feed_forward_size
+        self.gate: Callable[[Tensor, Tensor], Tensor] = gated
         self.gate_proj = nn.Linear(hidden, inner, bias=False)
         self.up_proj = nn.Linear(hidden, inner, bias=False)
         self.down_proj = nn.Linear(inner, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.gate(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -98,6 +111,7 @@ class VideoARTransformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.graphs: StepGraphs | None = None  # see `inference.steps`
         self.embedding = InputEmbedding(config)
         self.layers = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.final_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
@@ -138,12 +152,10 @@ class VideoARTransformer(nn.Module):
     def transform(
         self, hidden: Tensor, rotary: Rotary, mask: Tensor | None, cache: KeyValueCache | None = None
     ) -> Tensor:
-        """All blocks, [B, n, h] -> [B, n, h]. With a cache, the n tokens are added to it and see all that is in it."""
+        """All blocks, [B, n, h] -> [B, n, h]. With a cache, the n tokens are written behind its length and see all that is in it."""
         with sdpa_kernel(KERNELS):
             for index, layer in enumerate(self.layers):
                 hidden = layer(hidden, rotary, mask, cache, index)
-        if cache is not None:
-            cache.advance(hidden.shape[1])
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

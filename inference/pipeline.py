@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inference.checkpoint import load_model, read_config, save_model
+from inference.checkpoint import StoredWeights, fingerprint, load_model, read_config, save_model
 from inference.fast import Weights, prepare
 from inference.guidance import Guidance
 from inference.model import VideoARTransformer
@@ -105,6 +106,7 @@ class VideoARPipeline:
         self.model, self.tokenizer, self.encoder = model, tokenizer, encoder
         self.class_names = list(class_names) if class_names else None
         self.weights: Weights = "plain"
+        self._stored: Path | None = None
         self.config = model.config
         if tokenizer.quantizer.dim != self.config.bits:
             raise UserError(
@@ -124,6 +126,7 @@ class VideoARPipeline:
         dtype: torch.dtype | None = None,
         text_encoder_spec: str | None = None,
         weights: Weights = "plain",
+        compiled: bool = False,
     ) -> VideoARPipeline:
         """Reads what `save_pretrained` or `videoar export` wrote.
 
@@ -133,6 +136,7 @@ class VideoARPipeline:
             dtype: of the transformer; None: as stored.
             text_encoder_spec: in the recorded one's place, for an encoder that lies elsewhere on this machine.
             weights: how the transformer holds them, see `fast.prepare`; a pipeline whose weights are not "plain" only generates.
+            compiled: on a GPU, compiled kernels and CUDA graphs: the first clip of each shape takes longer, all later ones less.
 
         Raises:
             UserError: a part is missing, damaged, or of another model.
@@ -156,8 +160,10 @@ class VideoARPipeline:
                     f"the text encoder {spec} is not the one that {directory} was trained with: give that one."
                 )
         pipe = cls(model, tokenizer, encoder, content.get("class_names"))
-        prepare(model, weights)
+        prepare(model, weights, compiled)
         pipe.weights = weights
+        if weights != "plain" or dtype is not None:
+            pipe._stored = Path(directory)
         return pipe
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -177,6 +183,21 @@ class VideoARPipeline:
         if self.encoder is not None:
             content |= {"text_encoder": self.encoder.spec, "text_encoder_fingerprint": self.encoder.fingerprint}
         return content | ({"class_names": self.class_names} if self.class_names else {})
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the model as it is stored, however its weights are held here."""
+        return fingerprint(
+            self.config, self.model.state_dict() if self._stored is None else StoredWeights(self._stored)
+        )
+
+    @property
+    def numbers(self) -> dict[str, str]:
+        """How the weights are held, where they are not plain float32: for a result's metadata."""
+        dtype = str(self.model.head.weight.dtype).removeprefix("torch.")
+        return ({} if dtype == "float32" else {"dtype": dtype}) | (
+            {} if self.weights == "plain" else {"weights": self.weights}
+        )
 
     @property
     def device(self) -> torch.device:

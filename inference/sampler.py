@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from inference.cache import CachedDecoder
+from inference.decoder import CachedDecoder
 from inference.guidance import Guidance, guidance_table, needs_unconditional
 from inference.model import VideoARTransformer
 from tokenizer.codes import Codes

@@ -6,19 +6,22 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from inference.serving.config import ServeConfig
 from tokenizer.errors import UserError
 
 
-def serve(model: Path, device: str, config: ServeConfig) -> None:
+def serve(model: Path, device: str, config: ServeConfig, loading: Mapping[str, Any] | None = None) -> None:
     """Serves a model until SIGINT or SIGTERM.
 
     Args:
         model: the folder that `videoar export` wrote.
         device: where it runs.
         config: address and limits.
+        loading: further arguments of `VideoARPipeline.from_pretrained`, such as its dtype.
 
     Raises:
         UserError: a package is missing, the address can't be had, the key is empty, or the model can't be read.
@@ -43,7 +46,8 @@ def serve(model: Path, device: str, config: ServeConfig) -> None:
         )
     listener = bound_socket(config)  # before the model is loaded, which may take long
     with listener:
-        service = VideoService(VideoARPipeline.from_pretrained(model, device=device), model.resolve().name, config, key)
+        pipe = VideoARPipeline.from_pretrained(model, device, **(loading or {}))
+        service = VideoService(pipe, model.resolve().name, config, key)
         try:
             options = uvicorn.Config(
                 create_app(service), log_level="warning", access_log=False, http="h11", ws="none", lifespan="off",

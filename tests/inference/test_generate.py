@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 import videoar
-from inference.checkpoint import fingerprint
 from inference.generate import generate_folder
 from inference.prompt_file import LONGEST, Prompt, read_prompts
 from tests.inference.test_pipeline import tiny_pipeline
@@ -53,6 +52,15 @@ def info(capsys, file):
     return json.loads(capsys.readouterr().out)
 
 
+def test_other_numbers_are_said_and_the_model_stays_the_same(pipe, models, tmp_path, capsys):
+    words = ["--prompt", "a red circle", "--dtype", "bfloat16", "--weights", "fast"]
+    assert generate(models, *words, "--out", tmp_path / "clip.mp4") == 0
+    said = info(capsys, tmp_path / "clip.mp4")
+    assert (said["model"], said["dtype"], said["weights"]) == (pipe.fingerprint, "bfloat16", "fast")
+    assert generate(models, *words, "--compile", "--out", tmp_path / "other.mp4") == 2
+    assert "compiling is for a GPU" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "clip.png", "frames"])
 def test_a_file_says_how_to_make_it_again(pipe, models, tmp_path, capsys, name):
     out = tmp_path / "new" / name
@@ -64,7 +72,7 @@ def test_a_file_says_how_to_make_it_again(pipe, models, tmp_path, capsys, name):
     digest = hashlib.sha256((tmp_path / "start.png").read_bytes()).hexdigest()
     said = info(capsys, out)
     assert said == {
-        "program": program_version(), "model": fingerprint(pipe.model), "tokenizer": pipe.tokenizer.fingerprint,
+        "program": program_version(), "model": pipe.fingerprint, "tokenizer": pipe.tokenizer.fingerprint,
         "prompt": "a réd circle", "seed": 4, "guidance": 2.5, "temperature": 0.5, "frames": 5, "size": [32, 32], "fps": 8.0,
         "given": {"kind": "image", "sha256": digest},
     }  # fmt: skip

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inference import sampler as sampler_module
-from inference.cache import CachedDecoder
+from inference.decoder import CachedDecoder
 from inference.model import VideoARTransformer
 from inference.rope import apply_rotary
 from inference.sampler import sample, sample_frames

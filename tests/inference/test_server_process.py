@@ -49,11 +49,13 @@ def started(model: Path, temporary: Path, *words: str, **variables: str) -> Iter
         process.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_it_ends_cleanly_in_the_middle_of_a_job(model, tmp_path, number):
+@pytest.mark.parametrize(
+    "number, words", [(signal.SIGINT, []), (signal.SIGTERM, ["--weights", "fast", "--dtype", "bfloat16"])]
+)
+def test_it_ends_cleanly_in_the_middle_of_a_job(model, tmp_path, number, words):
     """With a job at work, others in the queue, and somebody who watches; the key of the environment is asked for and never shown."""
     with (
-        started(model, tmp_path, "--max-seconds", "600", "--max_queue=3", VIDEOAR_API_KEY="sesame-123") as (
+        started(model, tmp_path, "--max-seconds", "600", "--max_queue=3", *words, VIDEOAR_API_KEY="sesame-123") as (
             process,
             url,
         ),
