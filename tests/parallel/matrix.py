@@ -36,7 +36,7 @@ from pretrain.bitwise_loss import bitwise_loss
 from pretrain.error_correction import ErrorCorrectionConfig
 from pretrain.objective import ObjectiveConfig
 from pretrain.randomness import Randomness
-from pretrain.train import microbatch
+from pretrain.trainer import microbatch
 from tests.parallel.torchrun import torchrun
 from tokenizer.scales import ScaleSchedule
 

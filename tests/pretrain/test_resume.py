@@ -15,7 +15,8 @@ from parallel import checkpoint
 from pretrain.config import PretrainConfig
 from pretrain.export import export
 from pretrain.model_card import Sampling
-from pretrain.train import Trainer, main_entry
+from pretrain.train import main_entry
+from pretrain.trainer import Trainer
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.tiny import metrics, stage, write_run
 from tokenizer import settings
