@@ -4,6 +4,8 @@ saver = Saver(directory, keep=2)
 saver.save(step, chunks, optimizer, common, background=True)    the training may go on: later updates do not reach the copy
 saver.poll()                                                    after each step: finishes the checkpoint once all ranks have written
 saver.wait()                                                    before the process ends
+
+What fails (a full disk) leaves no part of a checkpoint behind and raises SaveError on all ranks: the next one may succeed.
 """
 
 from __future__ import annotations
@@ -32,9 +34,23 @@ from megatron.core.optimizer import MegatronOptimizer
 from parallel.checkpoint import EMA_UPDATES, MARKER, complete, latest, sharded_state
 from parallel.cpu import cuda_redirected
 from parallel.ema import Ema
+from parallel.integrity import FileSum, sum_of
 from parallel.model import settle
 from tokenizer.errors import UserError
 from tokenizer.files import sync
+
+
+class SaveError(UserError):
+    """A checkpoint could not be written; nothing of it is left, all ranks have this error, and the training may go on.
+
+    Args:
+        step: its number.
+        text: for users.
+    """
+
+    def __init__(self, step: int, text: str):
+        super().__init__(text)
+        self.step = step
 
 
 class _Strategy(TorchDistSaveShardedStrategy):
@@ -58,11 +74,13 @@ class _Pending:
         step: its number.
         strategy: knows what is to be written.
         thread: writes it.
+        sums: of the files that it has written.
     """
 
     step: int
     strategy: _Strategy
     thread: threading.Thread
+    sums: dict[str, FileSum]
 
 
 class Saver:
@@ -102,7 +120,7 @@ class Saver:
             The checkpoint's folder.
 
         Raises:
-            UserError: this checkpoint or the one before can't be written; on all ranks alike.
+            SaveError: this checkpoint or the one before can't be written; on all ranks alike.
         """
         self.wait()
         settle(chunks)
@@ -121,13 +139,14 @@ class Saver:
                 raise failures[0]
 
         self._together(step, check)
+        sums: dict[str, FileSum] = {}
         transforms = [strategy.writer.transforms] if hasattr(strategy.writer, "transforms") else []
         # a daemon: what a failed process leaves half-written is never read, and its end must not wait for a slow disk
         thread = threading.Thread(
-            target=_write, args=(transforms, buckets, results), name=f"save-step-{step}", daemon=True
+            target=_write, args=(transforms, buckets, results, sums), name=f"save-step-{step}", daemon=True
         )
         thread.start()
-        self._pending = _Pending(step, strategy, thread)
+        self._pending = _Pending(step, strategy, thread, sums)
         if not background:
             self.wait()
         return self._final(step)
@@ -145,7 +164,7 @@ class Saver:
         """Finishes the checkpoint that is being written, if there is one, and returns its folder.
 
         Raises:
-            UserError: it could not be written; on all ranks alike.
+            SaveError: it could not be written; on all ranks alike.
         """
         finished = self._finish()
         if self._removal is not None:
@@ -158,12 +177,13 @@ class Saver:
             return None
         pending, self._pending = self._pending, None
         pending.thread.join()
-        mine = pending.strategy.writer.retrieve_write_results()
-        written: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(mine, written)
+        mine = (pending.strategy.writer.retrieve_write_results(), pending.sums)
+        everybodys: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(mine, everybodys)
 
         def complete_folder(step: int) -> None:
-            self._complete(step, pending.strategy, written or [])
+            written, sums = zip(*(everybodys or []))
+            self._complete(step, pending.strategy, list(written), {k: v for one in sums for k, v in one.items()})
 
         self._together(pending.step, complete_folder)
         return self._final(pending.step)
@@ -177,7 +197,7 @@ class Saver:
         for left in self.directory.glob(".tmp-*"):
             shutil.rmtree(left, ignore_errors=True)
 
-    def _complete(self, step: int, strategy: _Strategy, written: list[Any]) -> None:
+    def _complete(self, step: int, strategy: _Strategy, written: list[Any], sums: dict[str, FileSum]) -> None:
         """On rank 0: index, marker, name; then what is older than `keep` goes."""
         for one in written:
             if isinstance(one, tuple):  # torch's form of an exception with its traceback
@@ -185,9 +205,11 @@ class Saver:
         final, temporary = self._final(step), self._temporary(step)
         strategy.writer.finish(strategy.metadata, written)
         save_config(CheckpointingConfig(strategy.backend, strategy.version), str(temporary))
-        for file in temporary.iterdir():
+        for file in sorted(temporary.iterdir()):
             sync(file)
-        _write_marker(temporary / MARKER, {"step": step})
+            if file.name not in sums:  # index and what is common: rank 0's
+                sums[file.name] = sum_of(file)
+        _write_marker(temporary / MARKER, {"step": step, "files": sums})
         sync(temporary)
         aside = [self._put_aside(final)] if final.exists() else []
         temporary.rename(final)
@@ -214,10 +236,14 @@ class Saver:
                 reason = [lines[-1].strip() if lines else type(error).__name__]
         dist.broadcast_object_list(reason, src=0)
         if reason[0] is not None:
+            # no rank's thread is still at it
+            if dist.get_rank() == 0:
+                shutil.rmtree(self._temporary(step), ignore_errors=True)
             newest = latest(self.directory)
-            raise UserError(
+            raise SaveError(
+                step,
                 f"the checkpoint {self._final(step)} could not be written ({reason[0]}): mend that (is the disk full?) and start "
-                f"again, from {newest or 'the beginning'}."
+                f"again, from {newest or 'the beginning'}.",
             )
 
     def _final(self, step: int) -> Path:
@@ -260,11 +286,13 @@ def _copied(buckets: Any) -> Any:
     ]
 
 
-def _write(transforms: Any, buckets: Any, results: queue.Queue) -> None:
+def _write(transforms: Any, buckets: Any, results: queue.Queue, sums: dict[str, FileSum]) -> None:
     """The thread: writes what `save` copied. No collective runs here: the training's own would get in its way."""
     try:
         if buckets:
             results.put({index: _write_bucket(transforms, bucket) for index, bucket in enumerate(buckets)})
+        for path, *_ in buckets:
+            sums[Path(path).name] = sum_of(Path(path))
     except Exception as error:  # all ranks are told when they finish
         results.put(error)
 

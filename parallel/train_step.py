@@ -19,10 +19,12 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import (
     Adam,  # type: ignore[attr-defined]
+    ChainedOptimizer,
     MegatronOptimizer,
     OptimizerConfig,
     get_megatron_optimizer,
 )
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -254,6 +256,41 @@ def _reduce(reports: list[dict[str, Tensor]], device: torch.device) -> StepResul
     return StepResult(means.pop("loss"), clips, means)
 
 
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """The global norm of the gradients that `forward_backward` left, before clipping: the same on every rank; all must call it."""
+    with cuda_redirected():
+        optimizer.prepare_grads()
+        return float(optimizer.get_grad_norm())
+
+
+def apply_gradients(optimizer: MegatronOptimizer, lr: float, norm: float) -> None:
+    """The second half of `update`: clips and takes the step. Who leaves it out has left weights and moments as they were.
+
+    Args:
+        optimizer: of `build_optimizer`.
+        lr: this step's learning rate.
+        norm: of `gradient_norm`.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        # megatron leaves this to its scheduler; a loaded checkpoint brings the old value, and the configuration decides
+        group["weight_decay"] = optimizer.config.weight_decay * group["wd_mult"]
+        # torch's own AdamW, where the others are missing: one pass over memory instead of some ten
+        if "fused" in group:
+            group["fused"] = True
+    with cuda_redirected():
+        # megatron's `step`, without the norm, which is known
+        for one in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+            if parameters := one.get_parameters():
+                decoupled = one.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+                clip_grad_by_total_norm_fp32(parameters, one.config.clip_grad, norm, decoupled)
+        optimizer.step_with_ready_grads()
+    for chunk in optimizer.model_chunks:  # type: ignore[attr-defined]
+        for group in chunk.bucket_groups:
+            # what `settle` may have gathered before this update is old now
+            group.param_gather_dispatched = False
+
+
 def update(optimizer: MegatronOptimizer, lr: float) -> float:
     """One AdamW step on the gradients that `forward_backward` left.
 
@@ -264,17 +301,6 @@ def update(optimizer: MegatronOptimizer, lr: float) -> float:
     Returns:
         The gradient's global norm before clipping.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-        # megatron leaves this to its scheduler; a loaded checkpoint brings the old value, and the configuration decides
-        group["weight_decay"] = optimizer.config.weight_decay * group["wd_mult"]
-        # torch's own AdamW, where the others are missing: one pass over memory instead of some ten
-        if "fused" in group:
-            group["fused"] = True
-    with cuda_redirected():
-        _, norm, _ = optimizer.step()  # type: ignore[misc]
-    for chunk in optimizer.model_chunks:  # type: ignore[attr-defined]
-        for group in chunk.bucket_groups:
-            # what `settle` may have gathered before this update is old now
-            group.param_gather_dispatched = False
-    return float(norm)  # type: ignore[arg-type]
+    norm = gradient_norm(optimizer)
+    apply_gradients(optimizer, lr, norm)
+    return norm

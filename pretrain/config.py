@@ -9,6 +9,7 @@ from typing import Literal
 from parallel.setup import ParallelConfig
 from pretrain.bitwise_loss import TokenWeight
 from pretrain.error_correction import ErrorCorrectionConfig
+from pretrain.resilience import ResilienceConfig
 from tokenizer.errors import UserError, check_each
 from tokenizer.metrics_log import WandbConfig
 
@@ -153,9 +154,9 @@ class PretrainConfig:
         tokenizer: the folder of the tokenizer that made the codes; codes of another one are refused.
         stages: in their order.
         from_export: a folder that `videoar export` wrote: a new run starts from its weights; null: from random ones.
-        network, optimizer, parallel, wandb: see their classes.
+        network, optimizer, parallel, resilience, wandb: see their classes.
         seed: of weights, data order, flips, frame masks and condition dropout.
-        checkpoint_every: steps between two checkpoints; the end of a stage and SIGTERM save one, too.
+        checkpoint_every: steps between two checkpoints; the end of a stage and a signal save one, too.
         save_in_background: the training goes on while a checkpoint is written; a copy of the state is held meanwhile.
         keep: the newest so many checkpoints stay.
         validate_every: steps between two validations, and one at the end of each stage; 0: none.
@@ -175,6 +176,7 @@ class PretrainConfig:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     seed: int = 0
     checkpoint_every: int = 500
@@ -194,6 +196,15 @@ class PretrainConfig:
         counts = ("checkpoint_every", "keep", "validation_batches", "log_every", "shards_per_window")
         check_each(self, counts, lambda value: value >= 1, "be at least 1")
         check_each(self, ("data_timeout",), lambda value: value > 0, "be above 0")
+        if 0 < self.resilience.hang_timeout <= self.data_timeout:
+            raise UserError(
+                f"resilience.hang_timeout {self.resilience.hang_timeout:g} is not above data_timeout {self.data_timeout:g}: a step "
+                "that waits for its data is no hang; raise the one or lower the other."
+            )
+        if self.resilience.on_bad_step == "skip" and self.parallel.fp8 == "delayed":
+            raise UserError(
+                "resilience.on_bad_step: skip leaves a bad batch's numbers in the history of FP8's delayed scales: choose rollback."
+            )
 
     def rooted(self) -> PretrainConfig:
         """The same run with every relative path joined to `root`; URLs stay."""

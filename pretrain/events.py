@@ -8,6 +8,8 @@ Unlike metrics.jsonl it is never cut back: a step that was lost stays lost in it
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,14 @@ def write_event(out: Path, event: str, global_step: int, **details: Any) -> None
         global_step: finished steps of all stages.
         details: what else a reader should know; JSON values.
     """
-    line = {"time": round(time.time(), 3), "event": event, "global_step": global_step, **details}
-    with (out / FILE).open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    line = json.dumps({"time": round(time.time(), 3), "event": event, "global_step": global_step, **details})
+    try:
+        with (out / FILE).open("ab+") as file:
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                line = "\n" + line  # after a line that was cut short
+            file.write(f"{line}\n".encode())
+    except OSError as error:  # a full disk is one of the things that happen to a run
+        print(f"{out / FILE} can't be written ({error.strerror}): {line}", file=sys.stderr, flush=True)
 
 
 def read_events(out: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class SampleLog:
 
     def __init__(self, out: Path, rank: int, size: int, finished: int):
         out.mkdir(parents=True, exist_ok=True)
-        file = out / f"samples-{rank}.jsonl"
+        file = self._file = out / f"samples-{rank}.jsonl"
         drop_after(file, finished, KEY)
         if rank == 0:
             # of ranks that the run had before it went on with fewer
@@ -48,9 +49,17 @@ class SampleLog:
             batch: this rank's part of the global batch.
         """
         clips = {"sample_index": batch.sample_index.tolist(), "epoch": batch.epoch.tolist()}
-        self._out.write(json.dumps(head | {"source": source} | clips) + "\n")
-        self._out.flush()
+        with suppress(OSError):  # what a full disk does not take stays in the buffer until there is space again
+            self._out.write(json.dumps(head | {"source": source} | clips) + "\n")
+            self._out.flush()
+
+    def rewind(self, finished: int) -> None:
+        """Drops the lines after so many finished steps, which the run will write again."""
+        self.close()
+        drop_after(self._file, finished, KEY)
+        self._out = self._file.open("a")
 
     def close(self) -> None:
         """Ends the log."""
-        self._out.close()
+        with suppress(OSError):
+            self._out.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,24 @@ class Position:
         step: its finished steps.
         global_step: finished steps of all stages.
         stream: where its data stands; None: at its beginning.
+        batches: of the stage's data that are behind it: one a step, and those left out.
+        skips: all batches of the run that are left out (`Skips.to_list`).
+        spikes: the statistic that tells spikes (`Spikes.state_dict`).
     """
 
     stage: int = 0
     step: int = 0
     global_step: int = 0
     stream: dict[str, Any] | None = None
+    batches: int = 0
+    skips: list[dict[str, Any]] = field(default_factory=list)
+    spikes: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, common: dict[str, Any]) -> Position:
+        """The position in a checkpoint's `common`."""
+        stored = common["position"]
+        return cls(**{"batches": stored["step"]} | stored)  # before any could be left out
 
 
 def exported_weights(folder: str, plan: Plan) -> StoredWeights:

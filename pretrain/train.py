@@ -19,7 +19,7 @@ from pretrain.trainer import Trainer
 from tokenizer import settings
 from tokenizer.errors import UserError
 from tokenizer.metrics_log import MetricsLog
-from tokenizer.stop import stop_on_sigterm
+from tokenizer.stop import stop_on_signals
 
 
 def main_entry(config: PretrainConfig) -> bool:
@@ -31,9 +31,9 @@ def main_entry(config: PretrainConfig) -> bool:
 
 
 def pretrain(config: PretrainConfig) -> Position:
-    """Trains through all stages; called again with the same output folder, it goes on from the newest complete checkpoint.
+    """Trains through all stages; called again with the same output folder, it goes on from the newest sound checkpoint.
 
-    Every process of a run calls it with the same settings. On SIGTERM the step under way is finished and saved, and the
+    Every process of a run calls it with the same settings. On SIGTERM or SIGUSR1 the step under way is finished and saved, and the
     function returns.
 
     Returns:
@@ -43,34 +43,36 @@ def pretrain(config: PretrainConfig) -> Position:
         UserError: settings, codes, layout or checkpoint do not fit together, or the loss is not finite.
     """
     config = config.rooted()
-    plan = make_plan(config)
-    info = initialize(config.parallel, config.seed)
-    check_batches(config, info)
-    out = Path(config.out)
-    trainer = Trainer(config, plan, info)
-    position = trainer.restore()
-    if info.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        settings.save(config, out / "config.yaml")
-        trainer.log = MetricsLog(out, position.global_step, config.wandb, settings.to_dict(config))
-        write_event(out, "start", position.global_step, world_size=info.world_size, host=platform.node())
-    if config.log_samples and info.first_of_its_clips:
-        trainer.samples = SampleLog(out, info.data_parallel_rank, info.data_parallel_size, position.global_step)
-    try:
-        with stop_on_sigterm() as stop:
+    with stop_on_signals() as stop:
+        plan = make_plan(config)
+        info = initialize(config.parallel, config.seed)
+        check_batches(config, info)
+        out = Path(config.out)
+        if info.rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+        trainer = Trainer(config, plan, info, stop)
+        position = trainer.restore()
+        if info.rank == 0:
+            settings.save(config, out / "config.yaml")
+            trainer.log = MetricsLog(out, position.global_step, config.wandb, settings.to_dict(config))
+            write_event(out, "start", position.global_step, world_size=info.world_size, host=platform.node())
+        if config.log_samples and info.first_of_its_clips:
+            rank, size = info.data_parallel_rank, info.data_parallel_size
+            trainer.samples = SampleLog(out, rank, size, position.global_step)
+        try:
             while position.stage < len(plan.stages):
-                position = trainer.run_stage(plan.stages[position.stage], position, stop)
+                position = trainer.run_stage(plan.stages[position.stage], position)
                 if stop.stopping:
                     break
             trainer.saver.wait()
-        if info.rank == 0:
-            finished = position.stage == len(plan.stages)
-            write_event(out, "finished" if finished else "stopped", position.global_step)
-    finally:
-        if trainer.log is not None:
-            trainer.log.close()
-        if trainer.samples is not None:
-            trainer.samples.close()
+            if info.rank == 0:
+                finished = position.stage == len(plan.stages)
+                write_event(out, "finished" if finished else "stopped", position.global_step)
+        finally:
+            if trainer.log is not None:
+                trainer.log.close()
+            if trainer.samples is not None:
+                trainer.samples.close()
     return position
 
 

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import time
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
-from data_pipelines.code_stream import CodeBatch
+from data_pipelines.code_stream import CodeBatch, CodeStream
 from inference.config import ModelConfig
 from parallel import checkpoint
 from parallel.ema import Ema
-from parallel.saving import Saver
+from parallel.integrity import newest_sound
+from parallel.saving import SaveError, Saver
 from parallel.setup import ParallelConfig, ProcessInfo
-from parallel.train_step import Microbatch, StepResult, build_model, build_optimizer, forward_backward, update
+from parallel.train_step import (
+    Microbatch,
+    StepResult,
+    apply_gradients,
+    build_model,
+    build_optimizer,
+    forward_backward,
+    gradient_norm,
+)
 from pretrain.bitwise_loss import bitwise_loss
 from pretrain.config import PretrainConfig
+from pretrain.events import read_events, write_event
+from pretrain.faults import Faults
 from pretrain.objective import ObjectiveConfig, prepare
 from pretrain.sample_log import SampleLog
 from pretrain.schedule import learning_rate
+from pretrain.skips import EVENT, Skip, Skips
+from pretrain.spikes import Spikes
 from pretrain.stages import Plan, StagePlan, layout_for
 from pretrain.start import Position, check_same_run, exported_weights
 from tokenizer import settings
@@ -29,6 +44,22 @@ from tokenizer.errors import UserError
 from tokenizer.metrics_log import MetricsLog
 from tokenizer.progress import Meter
 from tokenizer.stop import StopFlag
+
+SIGNAL_DELAY = 1.0
+"""Seconds that a signal to this process may come later than one to the processes that it has started."""
+
+
+class BadStep(Exception):
+    """A step that must not be taken; all ranks raise it alike.
+
+    Args:
+        reason: why.
+        lr: its learning rate.
+    """
+
+    def __init__(self, reason: str, lr: float):
+        super().__init__(reason)
+        self.reason, self.lr = reason, lr
 
 
 class Trainer:
@@ -38,13 +69,15 @@ class Trainer:
         config: the run.
         plan: its stages.
         info: this process.
+        stop: set by signals.
     """
 
-    def __init__(self, config: PretrainConfig, plan: Plan, info: ProcessInfo):
-        self.config, self.plan, self.info = config, plan, info
-        optimizer = config.optimizer
-        self.checkpoints = Path(config.out) / "checkpoints"
-        self.newest = checkpoint.latest(self.checkpoints)  # where this start goes on from
+    def __init__(self, config: PretrainConfig, plan: Plan, info: ProcessInfo, stop: StopFlag):
+        self.config, self.plan, self.info, self.stop = config, plan, info, stop
+        optimizer, resilience = config.optimizer, config.resilience
+        self.out = Path(config.out)
+        self.checkpoints = self.out / "checkpoints"
+        self.newest, self.damaged = newest_sound(self.checkpoints)  # where this start goes on from
         start = None if self.newest or config.from_export is None else exported_weights(config.from_export, plan)
         self.chunks = build_model(plan.model, config.parallel, info, None if self.newest else config.seed, start)
         self.optimizer = build_optimizer(
@@ -52,58 +85,108 @@ class Trainer:
         )
         self.ema = Ema(self.chunks, optimizer.ema_decay) if optimizer.ema_decay else None
         self.saver = Saver(self.checkpoints, config.keep)
+        self.spikes = Spikes(resilience.spike_factor, resilience.spike_window)
+        self.skips = Skips()
+        # from rank 0: all ranks must leave out the same batches
+        events = [read_events(self.out)]
+        dist.broadcast_object_list(events, src=0)
+        self.history = events[0]
+        self.faults = Faults(info.rank, self.out, self.history)
         self.log: MetricsLog | None = None
         self.samples: SampleLog | None = None
 
     def restore(self) -> Position:
-        """Loads the newest complete checkpoint, if there is one."""
-        if self.newest is None:
-            return Position()
-        common = checkpoint.load_common(self.newest)
-        check_same_run(self.config, self.plan.model, common, self.newest)
-        checkpoint.load(self.newest, self.chunks, self.optimizer, self.ema)
-        return Position(**common["position"])
+        """Loads the newest sound checkpoint, if there is one; without one, a run that may roll back saves its beginning."""
+        self.skips.read((), self.history)
+        self._tell_damaged(self.damaged, 0)
+        if self.newest is not None:
+            return self._load(self.newest)
+        position = Position()
+        if self.config.resilience.on_bad_step == "rollback":
+            self._save(position, self.plan.stages[0])
+        return position
 
-    def run_stage(self, stage: StagePlan, position: Position, stop: StopFlag) -> Position:
-        """Trains from `position` to the stage's end, or until a stop is asked for; the returned position is saved."""
+    def run_stage(self, stage: StagePlan, position: Position) -> Position:
+        """Trains from `position` to the stage's end, or until a stop is asked for; the returned position is saved.
+
+        After a rollback it returns the position that it rolled back to, which may be in an earlier stage.
+        """
         config, steps = self.config, stage.config.steps
         stream = stage.stream(config, self.info.data_parallel_rank, self.info.data_parallel_size)
         if position.stream is not None:
             stream.load_state_dict(position.stream)
+        self.spikes.load_state_dict(position.spikes)
         step = position.step
         offset = position.global_step - step  # of the stages before
         label = f"pretrain {stage.config.name} ({stage.index + 1}/{len(self.plan.stages)})"
         with Meter(label, steps, done=step) if self.info.rank == 0 else nullcontext() as meter:
             while step < steps:
                 started = time.monotonic()
-                batch = next(stream)
-                values = self._step(stage, batch, step, offset + step)
+                self.faults.strike(offset + step + 1)
+                batch = self._next_batch(stage, stream)
+                try:
+                    values = self._step(stage, batch, step, offset + step)
+                except BadStep as bad:
+                    back = self._leave_out(stage, stream, bad, offset + step)
+                    if back is not None:
+                        stream.close()
+                        return back
+                    if self.stop.stopping:
+                        position = self._position(stage, step, offset + step, stream)
+                        self._save(position, stage, last=True)
+                        break
+                    continue
                 step += 1
+                stopping, ends = self.stop.stopping, step == steps
                 if self.samples is not None:
                     self.samples.write(_head(stage, step, offset + step), stream.source_of(batch), batch)
-                stopping = stop.agreed()
-                self.saver.poll()
+                self._poll()
                 values |= {"seconds": time.monotonic() - started}
                 values["tokens_per_second"] = values["tokens"] / values["seconds"]
                 if meter is not None:
                     meter.advance(1, f"loss {values['loss']:.4f}, bits {100 * values['bit_accuracy']:.1f}%")
-                ends = step == steps
                 if self.log is not None and (ends or stopping or step % config.log_every == 0):
                     self.log.write(_head(stage, step, offset + step) | values)
                 if config.validate_every and (ends or step % config.validate_every == 0):
                     self._validate(stage, step, offset + step)
-                position = Position(stage.index, step, offset + step, stream.state_dict())
-                if ends:
-                    position = Position(stage.index + 1, 0, offset + step)
+                position = self._position(stage, step, offset + step, stream)
                 if ends or stopping or step % config.checkpoint_every == 0:
-                    self._save(position, stage)
+                    self._save(position, stage, last=stopping or position.stage == len(self.plan.stages))
                 if stopping:
                     break
         stream.close()
         return position
 
+    def _position(self, stage: StagePlan, step: int, global_step: int, stream: CodeStream) -> Position:
+        skips = self.skips.to_list()
+        if step == stage.config.steps:
+            return Position(stage.index + 1, 0, global_step, skips=skips)
+        return Position(
+            stage.index, step, global_step, stream.state_dict(), stream.step, skips, self.spikes.state_dict()
+        )
+
+    def _next_batch(self, stage: StagePlan, stream: CodeStream) -> CodeBatch:
+        """The next batch that is not left out."""
+        while True:
+            number = stream.step
+            try:
+                batch = next(stream)
+            except UserError:
+                # a scheduler that ends a job sends its signal to the processes that read data, too, which die of it
+                if not self.stop.requested:
+                    time.sleep(SIGNAL_DELAY)
+                if not self.stop.requested:
+                    raise
+                batch = next(stream)  # by new ones: the step under way is finished
+            if not self.skips.covers(stage.index, number):
+                return batch
+
     def _step(self, stage: StagePlan, batch: CodeBatch, step: int, global_step: int) -> dict[str, Any]:
-        """One optimizer step; what is logged of it."""
+        """One optimizer step; what is logged of it.
+
+        Raises:
+            BadStep: it is not taken: weights, moments and running means are as they were.
+        """
         optimizer = self.config.optimizer
         lr = learning_rate(
             step,
@@ -112,15 +195,16 @@ class Trainer:
             optimizer.warmup_steps if stage.config.warmup_steps is None else stage.config.warmup_steps,
             optimizer.min_lr_ratio,
         )
-        result, tokens = self._loss(stage, batch, training=True)
-        norm = update(self.optimizer, lr) if math.isfinite(result.loss) else math.nan
-        if not math.isfinite(norm):
-            self.saver.wait()  # all ranks have the same loss and norm, so all are here
-            newest = checkpoint.latest(self.checkpoints)
-            raise UserError(
-                f"loss {result.loss} and gradient norm {norm} at step {global_step} of {self.config.out} are not finite: lower the "
-                f"learning rate (now {lr:.2e}) and go on from {newest or 'the start'}."
-            )
+        result, tokens = self._loss(stage, batch, training=True, factor=self.faults.loss_factor(global_step + 1))
+        norm = gradient_norm(self.optimizer)
+        reason = self.spikes.reason(result.loss, norm)
+        # loss and norm are the same on all ranks, unless one of them computes wrongly
+        _, bad = self.stop.agreed_with(reason is not None)
+        if bad:
+            reason = reason or f"loss {result.loss} and gradient norm {norm} are bad on another process"
+            raise BadStep(reason, lr)
+        self.spikes.add(result.loss, norm)
+        apply_gradients(self.optimizer, lr, norm)
         if self.ema:
             self.ema.update()
         return {
@@ -131,6 +215,60 @@ class Trainer:
             "clips": result.clips,
             "tokens": tokens,
         }
+
+    def _leave_out(self, stage: StagePlan, stream: CodeStream, bad: BadStep, global_step: int) -> Position | None:
+        """Notes that the batch just read is left out, or with a rollback all since the newest checkpoint, whose position is returned.
+
+        Raises:
+            UserError: the settings say stop, or there were too many.
+        """
+        resilience, first, last = self.config.resilience, stream.step - 1, stream.step - 1
+        self._finish_save()
+        newest, damaged = newest_sound(self.checkpoints)
+        self._tell_damaged(damaged, global_step)
+        count = self.skips.count(stage.index)
+        if resilience.on_bad_step == "stop" or count >= resilience.max_bad_steps:
+            before = f", after {count} such steps that were left out (resilience.max_bad_steps)" if count else ""
+            raise UserError(
+                f"step {global_step + 1} of {self.config.out}: {bad.reason}: lower the learning rate (now {bad.lr:.2e}) and go on from "
+                f"{newest or 'the start'}, or set resilience.on_bad_step{before}."
+            )
+        action = (
+            resilience.on_bad_step if newest else "skip"
+        )  # the disk may have been full when the beginning was saved
+        if action == "rollback":
+            target = Position.of(checkpoint.load_common(newest or ""))
+            first = target.batches if target.stage == stage.index else 0
+        skip = Skip(stage.index, first, last, global_step, action, bad.reason)
+        self.skips.add(skip)
+        text = f"step {global_step + 1}: {bad.reason}; {action}: batches {first} to {last} of the stage's data are left out"
+        self._tell(EVENT, text, **asdict(skip))
+        if action == "skip":
+            return None
+        position = self._load(newest or Path())
+        for each in (self.log, self.samples):
+            if each is not None:
+                each.rewind(position.global_step)
+        return position
+
+    def _load(self, folder: Path) -> Position:
+        common = checkpoint.load_common(folder)
+        check_same_run(self.config, self.plan.model, common, folder)
+        checkpoint.load(folder, self.chunks, self.optimizer, self.ema)
+        position = Position.of(common)
+        self.skips.read(position.skips, ())
+        return position
+
+    def _tell(self, event: str, text: str, **details: Any) -> None:
+        """On rank 0: a warning in the log and an event, with its details."""
+        if self.info.rank == 0:
+            print(f"WARNING: {text} ({self.out})", file=sys.stderr, flush=True)
+            write_event(self.out, event, **details)
+
+    def _tell_damaged(self, damaged: list[tuple[Path, str]], global_step: int) -> None:
+        for folder, reason in damaged:
+            text = f"a checkpoint is damaged ({reason}), put aside as {folder.name}, and the one before is taken"
+            self._tell("damaged_checkpoint", text, global_step=global_step, folder=folder.name, reason=reason)
 
     def _validate(self, stage: StagePlan, step: int, global_step: int) -> None:
         stream = stage.validation_stream(self.config, self.info.data_parallel_rank, self.info.data_parallel_size)
@@ -149,8 +287,11 @@ class Trainer:
                 _head(stage, step, global_step) | {f"validation/{name}": value for name, value in totals.items()}
             )
 
-    def _loss(self, stage: StagePlan, batch: CodeBatch, training: bool) -> tuple[StepResult, int]:
-        """Loss (and gradients) of a global batch, of which `batch` is this rank's part; and its number of predicted tokens."""
+    def _loss(self, stage: StagePlan, batch: CodeBatch, training: bool, factor: float = 1.0) -> tuple[StepResult, int]:
+        """Loss (and gradients) of a global batch, of which `batch` is this rank's part; and its number of predicted tokens.
+
+        `factor` is 1 but for a fault on purpose.
+        """
         # as many microbatches of every source: with a token budget their clips differ in number
         share = stage.config.global_batch_size // self.info.data_parallel_size
         micro = len(batch) * stage.config.micro_batch_size // share
@@ -161,12 +302,18 @@ class Trainer:
         ]
 
         def loss(logits: Tensor, one: Microbatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            return bitwise_loss(logits, one.targets, one.layout, stage.objective.token_weight)
+            total, clips, report = bitwise_loss(logits, one.targets, one.layout, stage.objective.token_weight)
+            return total if factor == 1 else total * factor, clips, report
 
         result = forward_backward(self.chunks, microbatches, loss, training)
         return result, result.clips * batch.tokens.shape[1] * batch.tokens.shape[2]
 
-    def _save(self, position: Position, stage: StagePlan) -> None:
+    def _save(self, position: Position, stage: StagePlan, last: bool = False) -> None:
+        """Saves a position; one that can't be written is warned of, and the training goes on.
+
+        Raises:
+            UserError: it is the last save of this process, and the last try has failed, too.
+        """
         common = {
             "position": vars(position),
             "model": stage.model.to_dict(),
@@ -174,9 +321,36 @@ class Trainer:
             "tokenizer": self.plan.tokenizer,
             "config": settings.to_dict(self.config),
         }
-        self.saver.save(
-            position.global_step, self.chunks, self.optimizer, common, self.ema, self.config.save_in_background
-        )
+        self._finish_save()
+        background = self.config.save_in_background and not last
+        tries = self.config.resilience.save_tries if last else 1
+        for number in range(1, tries + 1):
+            try:
+                self.saver.save(position.global_step, self.chunks, self.optimizer, common, self.ema, background)
+                return
+            except SaveError as error:
+                self._save_failed(error)
+                if last and number == tries:
+                    raise
+                if last:
+                    time.sleep(self.config.resilience.save_pause)
+
+    def _poll(self) -> None:
+        """Completes the checkpoint that is being written, if it is written by now."""
+        try:
+            self.saver.poll()
+        except SaveError as error:
+            self._save_failed(error)
+
+    def _finish_save(self) -> None:
+        """Waits for the checkpoint that is being written."""
+        try:
+            self.saver.wait()
+        except SaveError as error:
+            self._save_failed(error)
+
+    def _save_failed(self, error: SaveError) -> None:
+        self._tell("save_failed", f"WITHOUT A CHECKPOINT: {error}", global_step=error.step, reason=str(error))
 
 
 def microbatch(

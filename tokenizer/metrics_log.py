@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from tokenizer.files import write_whole
 
@@ -51,8 +51,13 @@ class MetricsLog:
 
     def write(self, values: dict[str, Any]) -> None:
         """Logs one line; `values` has the key that counts steps."""
-        self._out.write(json.dumps(values) + "\n")
-        self._out.flush()
+        try:
+            self._out.write(json.dumps(values) + "\n")
+            self._out.flush()
+        except OSError as error:  # what is not written stays in the buffer until there is space again
+            print(
+                f"{self.file} can't be written ({error.strerror}): its lines come later.", file=sys.stderr, flush=True
+            )
         if self._run is not None:
             self._run.log(values, step=values[self.key])
 
@@ -63,11 +68,24 @@ class MetricsLog:
 
             self._run.log({name: client.Image(str(file))}, step=step)
 
+    def rewind(self, finished: int) -> None:
+        """Drops the lines after so many finished steps, which the run will write again. Weights & Biases keeps its first ones."""
+        _close(self._out, self.file)
+        drop_after(self.file, finished, self.key)
+        self._out = self.file.open("a")
+
     def close(self) -> None:
         """Ends the log."""
-        self._out.close()
+        _close(self._out, self.file)
         if self._run is not None:
             self._run.finish()
+
+
+def _close(out: IO[str], file: Path) -> None:
+    try:
+        out.close()
+    except OSError as error:
+        print(f"{file} lacks its last lines ({error.strerror}).", file=sys.stderr, flush=True)
 
 
 def _start_wandb(out: Path, wandb: WandbConfig, config: dict[str, Any]) -> Any:

@@ -40,7 +40,7 @@ from tokenizer.metrics_log import MetricsLog
 from tokenizer.objective import Generator, Objective, Reconstruction
 from tokenizer.progress import Meter
 from tokenizer.quantizer import are_dead
-from tokenizer.stop import stop_on_sigterm
+from tokenizer.stop import stop_on_signals
 from tokenizer.tokenizer import VideoTokenizer
 from tokenizer.train_config import BatchSpec, TokenizerTrainConfig
 from tokenizer.validation import ValidationSource, validate, write_picture
@@ -147,7 +147,7 @@ class Trainer:
             self.log = MetricsLog(self.out, self.step, config.wandb, settings.to_dict(config), key="step")
         try:
             bar = Meter("tokenizer", config.steps, done=self.step) if main else nullcontext()
-            with stop_on_sigterm() as stop, bar as meter:
+            with stop_on_signals() as stop, bar as meter:
                 while self.step < config.steps:
                     report = self._step(clips)
                     self.step += 1

@@ -15,6 +15,7 @@ from parallel import checkpoint
 from pretrain.config import PretrainConfig
 from pretrain.export import export
 from pretrain.model_card import Sampling
+from pretrain.start import Position
 from pretrain.train import main_entry
 from pretrain.trainer import Trainer
 from tests.pretrain.ranks import run_ranks
@@ -103,13 +104,14 @@ def test_another_layout_goes_on_and_is_exported_alike(tmp_path: Path) -> None:
 def test_a_checkpoint_is_written_while_the_training_goes_on_or_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
 ) -> None:
-    file, under_way, original = write_run(tmp_path, stages=[stage(tmp_path / "codes", 2)]), [], Trainer._save
+    file = write_run(tmp_path, stages=[stage(tmp_path / "codes", 2)], checkpoint_every=1)
+    under_way, original = [], Trainer._save
 
-    def watched(trainer: Trainer, *args: Any) -> None:
-        original(trainer, *args)
-        under_way.append(checkpoint.latest(tmp_path / "run" / "checkpoints") is None)
+    def watched(trainer: Trainer, position: Position, *args: Any, **names: Any) -> None:
+        original(trainer, position, *args, **names)
+        under_way.append(not (tmp_path / "run" / "checkpoints" / f"step-{position.global_step}").exists())
 
     monkeypatch.setattr(Trainer, "_save", watched)
     main_entry(settings.load(PretrainConfig, file, ["--save_in_background", str(background).lower()]))
-    assert under_way == [background]
+    assert under_way == [background, False]  # the last one is waited for
     assert checkpoint.latest(tmp_path / "run" / "checkpoints") is not None
