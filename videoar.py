@@ -112,7 +112,7 @@ def generate(args: argparse.Namespace, _: list[str]) -> None:
     if not args.temperature >= 0:
         raise UserError(f"the temperature is {args.temperature}: use 0 (the likelier bit) or more.")
     options: dict[str, Any] = {
-        "guidance": args.guidance if args.guidance in ("ucf", "t2v") else _number(args.guidance),
+        "guidance": _guidance(args.guidance),
         "temperature": args.temperature,
     }
     prompts = read_prompts(args.prompt_file) if args.prompt_file else [Prompt(args.prompt)]
@@ -152,13 +152,17 @@ def _loading(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _number(text: str) -> float:
+def _guidance(text: str) -> str | float:
+    from inference.guidance import SCHEDULES
+
+    if text in SCHEDULES:
+        return text
     try:
         number = float(text)
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise UserError(f"the guidance '{text}' is neither ucf, t2v nor a number: choose one of them.")
+        raise UserError(f"the guidance '{text}' is neither {', '.join(SCHEDULES)} nor a number: choose one of them.")
     return number
 
 
@@ -197,7 +201,7 @@ def evaluate_fvd(args: argparse.Namespace, _: list[str]) -> None:
 def evaluate_vbench(args: argparse.Namespace, _: list[str]) -> None:
     from evaluation.vbench import evaluate_vbench as run
 
-    guidance = args.guidance if args.guidance in ("ucf", "t2v") else _number(args.guidance)
+    guidance = _guidance(args.guidance)
     wanted = [name for name in args.dimensions.split(",") if name]
     result = run(
         args.model, args.prompts, args.out, wanted, args.samples, args.seconds, args.seed, args.batch_size, args.device,
