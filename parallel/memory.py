@@ -2,13 +2,16 @@
 
 estimate(model, parallel, world_size, layout, micro_batch_size, microbatches) -> Memory of the fullest pipeline stage
 
-What is counted are tensors. On top come a GPU's context and libraries (about a gigabyte), what its allocator can't use, FP8 copies of
-weights and inputs, FlexAttention's block masks, and what gathering the optimizer's states for a checkpoint takes.
+What is counted are tensors, and NCCL's buffers. On top come a GPU's context and libraries (about a gigabyte), what its allocator can't
+use, FP8 copies of weights and inputs, FlexAttention's block masks, and what gathering the optimizer's states for a checkpoint takes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+
+import torch
 
 from inference.config import ModelConfig
 from inference.model import VideoARTransformer
@@ -17,6 +20,8 @@ from tokenizer.sequence import SequenceLayout
 
 FLOAT32 = 4
 """Bytes of a gradient, of a main copy, and of each of AdamW's two moments."""
+NCCL_GROUP = 2 * 16 * 4 * 2**20
+"""Bytes that NCCL keeps for a group: a buffer of 4 MiB (NCCL_BUFFSIZE's default) each way on 16 channels. Stated, not measured."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Memory:
         ema: the running mean of the weights.
         activations: what the forward passes in flight keep for their backward passes.
         working: the most that one layer's backward pass takes for a moment.
+        communication: hidden states on their way between pipeline stages, and on GPUs what NCCL keeps for each group of processes.
     """
 
     parameters: int
@@ -38,6 +44,7 @@ class Memory:
     ema: int
     activations: int
     working: int
+    communication: int = 0
 
     @property
     def total(self) -> int:
@@ -80,16 +87,27 @@ def estimate(
 
 def parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -> int:
     """How many weights each process of a pipeline stage holds."""
-    pieces = parallel.pipeline_parallel_size * parallel.virtual_pipeline_size
+    sizes = (parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.virtual_pipeline_size)
+    return _parameters(model, *sizes, stage)
+
+
+@lru_cache(maxsize=8)
+def _shapes(model: ModelConfig) -> dict[str, torch.Size]:
+    return VideoARTransformer.shapes(model)
+
+
+@lru_cache(maxsize=1024)  # a search of layouts asks for the same ones again and again
+def _parameters(model: ModelConfig, tensor: int, pipeline: int, virtual: int, stage: int) -> int:
+    pieces = pipeline * virtual
     count = 0
-    for name, shape in VideoARTransformer.shapes(model).items():
+    for name, shape in _shapes(model).items():
         sharded = 1
         if name.startswith("layers."):
             piece = int(name.split(".")[1]) // (model.num_layers // pieces)
-            sharded = parallel.tensor_parallel_size if len(shape) > 1 else 1  # norms are whole on every rank
+            sharded = tensor if len(shape) > 1 else 1  # norms are whole on every rank
         else:
             piece = 0 if name.startswith("embedding.") else pieces - 1
-        if piece % parallel.pipeline_parallel_size == stage:
+        if piece % pipeline == stage:
             count += shape.numel() // sharded
     return count
 
@@ -131,7 +149,16 @@ def _stage(
         ema=count * FLOAT32 if ema else 0,
         activations=held,
         working=layers.working,
+        communication=_communication(parallel, copies, layers, gpu),
     )
+
+
+def _communication(parallel: ParallelConfig, copies: int, layers: _Layer, gpu: bool) -> int:
+    pipeline, context = parallel.pipeline_parallel_size, parallel.context_parallel_size
+    # a hidden state and a gradient that come in while others are at work
+    waiting = 2 * layers.outside * layers.model.hidden_size * layers.element if pipeline > 1 else 0
+    groups = sum(size > 1 for size in (parallel.tensor_parallel_size, pipeline, context, copies))
+    return waiting + (groups * NCCL_GROUP if gpu else 0)
 
 
 @dataclass(frozen=True)

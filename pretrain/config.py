@@ -9,6 +9,7 @@ from typing import Literal
 from parallel.setup import ParallelConfig
 from pretrain.bitwise_loss import TokenWeight
 from pretrain.error_correction import ErrorCorrectionConfig
+from pretrain.expected import ExpectedClips, ExpectedCodes
 from pretrain.resilience import ResilienceConfig
 from tokenizer.errors import UserError, check_each
 from tokenizer.metrics_log import WandbConfig
@@ -83,12 +84,14 @@ class SourceConfig:
         num_frames: the first so many latent frames of each clip that has them, 1 for images; null: all.
         proportion: its share of the steps, relative to the other sources'.
         cache: a local folder for the shards of a URL.
+        expected: what it will hold, for `videoar plan` before the codes are there; see its class.
     """
 
     dir: str
     num_frames: int | None = None
     proportion: float = 1.0
     cache: str | None = None
+    expected: tuple[ExpectedClips, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,7 @@ class PretrainConfig:
         stages: in their order.
         from_export: a folder that `videoar export` wrote: a new run starts from its weights; null: from random ones.
         network, optimizer, parallel, resilience, wandb: see their classes.
+        expected: of all codes, for `videoar plan` before they are there; see its class.
         seed: of weights, data order, flips, frame masks and condition dropout.
         checkpoint_every: steps between two checkpoints; the end of a stage and a signal save one, too.
         save_in_background: the training goes on while a checkpoint is written; a copy of the state is held meanwhile.
@@ -178,6 +182,7 @@ class PretrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    expected: ExpectedCodes = field(default_factory=ExpectedCodes)
     seed: int = 0
     checkpoint_every: int = 500
     save_in_background: bool = True

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
+from typing import Any, Protocol
 
 from data_pipelines.code_stream import CodeStream, Source
 from data_pipelines.codes import CodeDataset, CodeFolder, Manifest
@@ -23,6 +24,21 @@ from tokenizer.sequence import SequenceLayout
 DEFAULT_FPS = 8.0
 MAX_SPREAD = 1.15
 """Most tokens of a step over least, with a token budget."""
+
+
+class Clips(Protocol):
+    """What a plan needs to know of the clips of one shape; a `CodeDataset` is one."""
+
+    path: Any
+    manifest: Manifest
+    number: int
+    num_frames: int
+    schedule: ScaleSchedule
+
+    def __len__(self) -> int: ...
+
+
+DatasetsOf = Callable[[SourceConfig, str, float], Sequence[Clips]]
 
 
 @dataclass(frozen=True)
@@ -110,16 +126,25 @@ class Plan:
         return content
 
 
-def make_plan(run: PretrainConfig) -> Plan:
+def make_plan(
+    run: PretrainConfig, tokenizer: tuple[str, DownMode] | None = None, datasets_of: DatasetsOf | None = None
+) -> Plan:
     """Reads the tokenizer's configuration and all manifests; the paths of the run are `rooted` already.
+
+    Args:
+        run: the settings.
+        tokenizer: what `read_tokenizer` would say, for codes that are yet to be made.
+        datasets_of: the clips of a source by shape, given its settings, the tokenizer's fingerprint and the seconds that reading may take;
+            None: they are opened.
 
     Raises:
         UserError: codes are missing, not finished, another tokenizer's, or do not fit one network.
     """
-    fingerprint, residual_down = read_tokenizer(run.tokenizer)
+    fingerprint, residual_down = tokenizer or read_tokenizer(run.tokenizer)
+    open_datasets = datasets_of or _datasets
     stages: list[StagePlan] = []
     for index, stage in enumerate(run.stages):
-        groups = [_datasets(source, fingerprint, run.data_timeout) for source in stage.codes]
+        groups = [open_datasets(source, fingerprint, run.data_timeout) for source in stage.codes]
         datasets = [dataset for group in groups for dataset in group]
         _check_spread(stage, datasets)
         sources = [one for source, group in zip(stage.codes, groups) for one in _sources(stage, source, group)]
@@ -127,7 +152,7 @@ def make_plan(run: PretrainConfig) -> Plan:
         if stage.validation is not None:
             longest = max(dataset.num_frames for dataset in datasets)
             held_out = SourceConfig(stage.validation, longest, cache=stage.validation_cache)
-            validation = _sources(stage, held_out, _datasets(held_out, fingerprint, run.data_timeout))
+            validation = _sources(stage, held_out, open_datasets(held_out, fingerprint, run.data_timeout))
         manifests = tuple(dataset.manifest for dataset in datasets)
         model = _model_config(run, stage, datasets, stages[-1].model if stages else None)
         objective = ObjectiveConfig(
@@ -171,24 +196,24 @@ def layout_for(
     return model.layout(num_frames, ScaleSchedule(scales), multiple)
 
 
-def _clips(stage: StageConfig, dataset: CodeDataset) -> int:
+def _clips(stage: StageConfig, dataset: Clips) -> int:
     """Clips of a step on one source."""
     if stage.token_budget is None:
         return stage.global_batch_size
     return stage.global_batch_size // stage.micro_batch_size * _clips_within(stage.token_budget, dataset)
 
 
-def _clips_within(budget: int, dataset: CodeDataset) -> int:
+def _clips_within(budget: int, dataset: Clips) -> int:
     """Clips of a microbatch whose tokens come nearest to the budget."""
     return max(1, round(budget / _tokens(dataset)))
 
 
-def _tokens(dataset: CodeDataset) -> int:
+def _tokens(dataset: Clips) -> int:
     """Of a clip."""
     return dataset.num_frames * dataset.schedule.tokens_per_frame
 
 
-def _sources(stage: StageConfig, config: SourceConfig, datasets: Sequence[CodeDataset]) -> list[Source]:
+def _sources(stage: StageConfig, config: SourceConfig, datasets: Sequence[Clips]) -> list[Source]:
     """One for each shape of a folder's clips; each gets steps by its clips, so that all clips are seen equally often."""
     batches = [len(dataset) / _clips(stage, dataset) for dataset in datasets]
     return [
@@ -204,7 +229,7 @@ def _sources(stage: StageConfig, config: SourceConfig, datasets: Sequence[CodeDa
     ]
 
 
-def _check_spread(stage: StageConfig, datasets: Sequence[CodeDataset]) -> None:
+def _check_spread(stage: StageConfig, datasets: Sequence[Clips]) -> None:
     """Raises UserError if steps with a token budget would differ by more than `MAX_SPREAD` in tokens."""
 
     def alike(budget: int) -> bool:
@@ -225,20 +250,24 @@ def _check_spread(stage: StageConfig, datasets: Sequence[CodeDataset]) -> None:
 def _datasets(source: SourceConfig, fingerprint: str, timeout: float) -> list[CodeDataset]:
     """The clips of a folder by shape; with `num_frames`, those that have so many."""
     folder = CodeFolder(source.dir, fingerprint, source.cache, timeout)
-    lengths, wanted = [bucket.num_frames for bucket in folder.manifest.buckets], source.num_frames
+    return [
+        CodeDataset(folder, num_frames=source.num_frames, bucket=number)
+        for number in buckets_in_use(source, folder.manifest)
+    ]
+
+
+def buckets_in_use(source: SourceConfig, manifest: Manifest) -> list[int]:
+    """The shapes of a folder whose clips have the frames that a source takes, by number."""
+    lengths, wanted = [bucket.num_frames for bucket in manifest.buckets], source.num_frames
     if wanted is not None and not 1 <= wanted <= max(lengths):
         raise UserError(
             f"{source.dir} holds clips of {max(lengths)} latent frames, {wanted} were asked for: ask for fewer, or encode longer clips."
         )
-    return [
-        CodeDataset(folder, num_frames=wanted, bucket=number)
-        for number, frames in enumerate(lengths)
-        if wanted is None or frames >= wanted
-    ]
+    return [number for number, frames in enumerate(lengths) if wanted is None or frames >= wanted]
 
 
 def _model_config(
-    run: PretrainConfig, stage: StageConfig, datasets: Sequence[CodeDataset], before: ModelConfig | None
+    run: PretrainConfig, stage: StageConfig, datasets: Sequence[Clips], before: ModelConfig | None
 ) -> ModelConfig:
     largest = max(datasets, key=lambda dataset: dataset.schedule.tokens_per_frame)
     finest, schedule = largest.manifest, largest.schedule
