@@ -82,6 +82,15 @@ def pretrain(args: argparse.Namespace, words: list[str]) -> None:
         _stopped("pretrain")
 
 
+def plan(args: argparse.Namespace, words: list[str]) -> None:
+    from pretrain.config import PretrainConfig
+    from pretrain.planning.plan import make
+    from pretrain.planning.report import text
+
+    made = make(settings.load(PretrainConfig, args.config, words), args.gpus, args.gpu, args.as_written)
+    print(json.dumps(made, indent=1) if args.json else text(made), end="")
+
+
 def _stopped(verb: str) -> None:
     print(f"videoar {verb}: stopped by a signal and saved; the same command goes on from there", file=sys.stderr)
     sys.exit(3)  # a chain of commands must not take it for finished
@@ -351,6 +360,18 @@ def _parser() -> argparse.ArgumentParser:
         verbs, "pretrain", pretrain, "train the transformer through its stages; under torchrun for more than one process",
         "pretrain.config:PretrainConfig",
     )  # fmt: skip
+
+    command = add(
+        verbs, "plan", plan,
+        "before anyone books GPUs: memory, FLOPs, time, storage and the fastest layout of a pretraining run; no data need be there",
+        "pretrain.config:PretrainConfig",
+    )  # fmt: skip
+    command.add_argument("--gpus", type=int, required=True, metavar="N", help="how many")
+    command.add_argument(
+        "--gpu", default="h100", metavar="KIND", help="a100, h100, h200, b200, or a YAML file of your own (default: %(default)s)"
+    )
+    command.add_argument("--as-written", action="store_true", help="the settings' own layout, without a search for a faster one")
+    command.add_argument("--json", action="store_true", help="all numbers as JSON")
 
     command = add(
         verbs, "export", export, "turn a training checkpoint into config.json, model.safetensors and a model card"

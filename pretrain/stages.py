@@ -146,7 +146,7 @@ def make_plan(
     for index, stage in enumerate(run.stages):
         groups = [open_datasets(source, fingerprint, run.data_timeout) for source in stage.codes]
         datasets = [dataset for group in groups for dataset in group]
-        _check_spread(stage, datasets)
+        check_spread(stage, datasets)
         sources = [one for source, group in zip(stage.codes, groups) for one in _sources(stage, source, group)]
         validation: list[Source] = []
         if stage.validation is not None:
@@ -196,14 +196,14 @@ def layout_for(
     return model.layout(num_frames, ScaleSchedule(scales), multiple)
 
 
-def _clips(stage: StageConfig, dataset: Clips) -> int:
+def clips_a_step(stage: StageConfig, dataset: Clips) -> int:
     """Clips of a step on one source."""
     if stage.token_budget is None:
         return stage.global_batch_size
-    return stage.global_batch_size // stage.micro_batch_size * _clips_within(stage.token_budget, dataset)
+    return stage.global_batch_size // stage.micro_batch_size * clips_within(stage.token_budget, dataset)
 
 
-def _clips_within(budget: int, dataset: Clips) -> int:
+def clips_within(budget: int, dataset: Clips) -> int:
     """Clips of a microbatch whose tokens come nearest to the budget."""
     return max(1, round(budget / _tokens(dataset)))
 
@@ -215,30 +215,30 @@ def _tokens(dataset: Clips) -> int:
 
 def _sources(stage: StageConfig, config: SourceConfig, datasets: Sequence[Clips]) -> list[Source]:
     """One for each shape of a folder's clips; each gets steps by its clips, so that all clips are seen equally often."""
-    batches = [len(dataset) / _clips(stage, dataset) for dataset in datasets]
+    batches = [len(dataset) / clips_a_step(stage, dataset) for dataset in datasets]
     return [
         Source(
             path=dataset.path,
             num_latent_frames=dataset.num_frames,
             proportion=config.proportion * share / sum(batches),
             cache=config.cache,
-            batch_size=_clips(stage, dataset),
+            batch_size=clips_a_step(stage, dataset),
             bucket=dataset.number,
         )
         for dataset, share in zip(datasets, batches)
     ]
 
 
-def _check_spread(stage: StageConfig, datasets: Sequence[Clips]) -> None:
+def check_spread(stage: StageConfig, datasets: Sequence[Clips]) -> None:
     """Raises UserError if steps with a token budget would differ by more than `MAX_SPREAD` in tokens."""
 
     def alike(budget: int) -> bool:
-        tokens = [_clips_within(budget, dataset) * _tokens(dataset) for dataset in datasets]
+        tokens = [clips_within(budget, dataset) * _tokens(dataset) for dataset in datasets]
         return max(tokens) <= MAX_SPREAD * min(tokens)
 
     if stage.token_budget is None or alike(stage.token_budget):
         return
-    tokens = [_clips(stage, dataset) * _tokens(dataset) for dataset in datasets]
+    tokens = [clips_a_step(stage, dataset) * _tokens(dataset) for dataset in datasets]
     longest = max(_tokens(dataset) for dataset in datasets)
     wider = next(filter(alike, count(longest * max(1, stage.token_budget // longest), longest)))
     raise UserError(
