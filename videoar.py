@@ -368,9 +368,14 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     command.add_argument("--gpus", type=int, required=True, metavar="N", help="how many")
     command.add_argument(
-        "--gpu", default="h100", metavar="KIND", help="a100, h100, h200, b200, or a YAML file of your own (default: %(default)s)"
+        "--gpu",
+        default="h100",
+        metavar="KIND",
+        help="a100, h100, h200, b200, or a YAML file of your own (default: %(default)s)",
     )
-    command.add_argument("--as-written", action="store_true", help="the settings' own layout, without a search for a faster one")
+    command.add_argument(
+        "--as-written", action="store_true", help="the settings' own layout, without a search for a faster one"
+    )
     command.add_argument("--json", action="store_true", help="all numbers as JSON")
 
     command = add(

@@ -26,6 +26,7 @@ class Gpu:
         gpus_per_node: GPUs that share NVLink.
         matmul_share: of bf16_tflops, that the products with weights reach.
         fp8_matmul_share: of fp8_tflops.
+        half_tokens: rows of a microbatch at which products reach only half of these shares; n rows reach n / (n + half_tokens).
         attention_share: of bf16_tflops, that attention over visible pairs reaches.
         passes_forward: reads and writes of a hidden state for each token and layer outside of the products, forward; twice as many backward.
         memory_share: of memory_gb_per_second, that norms, rotations, activations, sums and the optimizer reach.
@@ -46,6 +47,7 @@ class Gpu:
     gpus_per_node: int = 8
     matmul_share: float = 0.60
     fp8_matmul_share: float = 0.42
+    half_tokens: float = 256.0
     attention_share: float = 0.25
     passes_forward: float = 70.0
     memory_share: float = 0.75
@@ -57,12 +59,25 @@ class Gpu:
     usable_share: float = 0.95
 
     def __post_init__(self) -> None:
-        rates = ("bf16_tflops", "memory_gb", "memory_gb_per_second", "nvlink_gb_per_second", "network_gb_per_second", "gpus_per_node")
+        rates = (
+            "bf16_tflops",
+            "memory_gb",
+            "memory_gb_per_second",
+            "nvlink_gb_per_second",
+            "network_gb_per_second",
+            "gpus_per_node",
+        )
         check_each(self, rates, lambda value: value > 0, "be above 0", "the GPU's ")
         check_each(self, ("fp8_tflops",), lambda value: value is None or value > 0, "be above 0", "the GPU's ")
         shares = [name for name in self.__dataclass_fields__ if name.endswith("_share")]
         check_each(self, shares, lambda value: 0 < value <= 1, "be above 0 and at most 1", "the GPU's ")
-        check_each(self, ("latency_us", "reserved_gb", "passes_forward"), lambda value: value >= 0, "be at least 0", "the GPU's ")
+        check_each(
+            self,
+            ("latency_us", "reserved_gb", "passes_forward", "half_tokens"),
+            lambda value: value >= 0,
+            "be at least 0",
+            "the GPU's ",
+        )
         check_each(self, ("tensor_hidden",), lambda value: 0 <= value <= 1, "be from 0 to 1", "the GPU's ")
 
     @property

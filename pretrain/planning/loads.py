@@ -90,7 +90,9 @@ class StageLoad:
 
     def time(self, parallel: ParallelConfig, world: int, stage: StageConfig, gpu: Gpu) -> StepTime:
         """Of a step, on average."""
-        ranks = world // (parallel.tensor_parallel_size * parallel.context_parallel_size * parallel.pipeline_parallel_size)
+        ranks = world // (
+            parallel.tensor_parallel_size * parallel.context_parallel_size * parallel.pipeline_parallel_size
+        )
         microbatches = stage.global_batch_size // stage.micro_batch_size // ranks
         times = []
         for load in self.loads:
@@ -103,7 +105,9 @@ class StageLoad:
 
     def memory(self, parallel: ParallelConfig, world: int, stage: StageConfig) -> Memory:
         """Of the shape that takes the most."""
-        ranks = world // (parallel.tensor_parallel_size * parallel.context_parallel_size * parallel.pipeline_parallel_size)
+        ranks = world // (
+            parallel.tensor_parallel_size * parallel.context_parallel_size * parallel.pipeline_parallel_size
+        )
         microbatches = stage.global_batch_size // stage.micro_batch_size // ranks
 
         def of(load: Load) -> Memory:
@@ -112,7 +116,10 @@ class StageLoad:
 
         # memory grows with the tokens of a microbatch
         tokens = [self.clips(load, stage) * load.layout.length for load in self.loads]
-        return max((of(load) for load, number in zip(self.loads, tokens) if number >= 0.85 * max(tokens)), key=lambda one: one.total)
+        return max(
+            (of(load) for load, number in zip(self.loads, tokens) if number >= 0.85 * max(tokens)),
+            key=lambda one: one.total,
+        )
 
 
 def stage_loads(run: PretrainConfig, shapes: Shapes) -> list[StageLoad]:

@@ -35,7 +35,9 @@ def make(run: PretrainConfig, gpus: int, kind: str, as_written: bool = False) ->
         raise UserError(f"{gpus} GPUs can train nothing: give at least 1.")
     gpu = load_gpu(kind)
     if run.parallel.fp8 != "none" and gpu.fp8_tflops is None:
-        raise UserError(f"parallel.fp8 is {run.parallel.fp8}, which '{kind}' does not compute in: choose another kind, or fp8: none.")
+        raise UserError(
+            f"parallel.fp8 is {run.parallel.fp8}, which '{kind}' does not compute in: choose another kind, or fp8: none."
+        )
     run = run.rooted()
     shapes = read_shapes(run)
     # precision auto is bfloat16 on every kind of GPU that there is a data sheet of
@@ -56,7 +58,10 @@ def make(run: PretrainConfig, gpus: int, kind: str, as_written: bool = False) ->
         "network": _network(shapes),
         "gpus": {"number": gpus, "kind": kind, **asdict(gpu)},
         "layout": _layout(best),
-        "stages": [_stage(load, option, best, gpu, search, number) for number, (load, option) in enumerate(zip(loads, best.stages))],
+        "stages": [
+            _stage(load, option, best, gpu, search, number)
+            for number, (load, option) in enumerate(zip(loads, best.stages))
+        ],
         "total": _total(best, loads, gpu),
         "as_written": written if isinstance(written, str) else {**_layout(written), "days": written.days},
         **(_others(found, loads, gpu) if found else {}),
@@ -120,7 +125,9 @@ def _stage(load: StageLoad, option: Any, best: Option, gpu: Gpu, search: Search,
         "shapes": shapes,
         "microbatches": stage.global_batch_size // stage.micro_batch_size // _layout(best)["data_parallel_size"],
         "memory": {**asdict(option.memory), "total": option.memory.total, "usable": gpu.usable_bytes},
-        "activations_by_recompute": {mode: {"kept": one.activations, "working": one.working, "total": one.total} for mode, one in modes.items()},
+        "activations_by_recompute": {
+            mode: {"kept": one.activations, "working": one.working, "total": one.total} for mode, one in modes.items()
+        },
         "seconds": {**asdict(option.time), "total": option.time.total},
         "tokens_a_step": tokens,
         "flops_a_step": flops,
@@ -166,5 +173,3 @@ def _encoding(run: PretrainConfig, shapes: Shapes, gpus: int, gpu: Gpu) -> dict[
     flops = sum(folder.encode_flops for folder in folders(run, shapes) if not folder.there)
     seconds = flops / (1e12 * gpu.bf16_tflops * gpu.encode_share)
     return {"flops": flops, "gpu_hours": seconds / 3600, "days": seconds / gpus / DAY}
-
-

@@ -53,10 +53,18 @@ def _head(plan: dict[str, Any]) -> str:
 def _layout(plan: dict[str, Any]) -> str:
     layout = plan["layout"]
     lines = [f"Layout: {layout['name']}", "  parallel:"]
-    for name in ("tensor_parallel_size", "context_parallel_size", "pipeline_parallel_size", "virtual_pipeline_size", "recompute"):
+    for name in (
+        "tensor_parallel_size",
+        "context_parallel_size",
+        "pipeline_parallel_size",
+        "virtual_pipeline_size",
+        "recompute",
+    ):
         if layout[name] != 1:
             lines.append(f"    {name}: {layout[name]}")
-    for number, (stage, size, budget) in enumerate(zip(plan["stages"], layout["micro_batch_size"], layout["token_budget"]), 1):
+    for number, (stage, size, budget) in enumerate(
+        zip(plan["stages"], layout["micro_batch_size"], layout["token_budget"]), 1
+    ):
         budgets = "" if budget is None else f", token_budget: {budget}"
         lines.append(f"  stage {number} ({stage['name']}): micro_batch_size: {size}{budgets}")
     written = plan["as_written"]
@@ -83,7 +91,9 @@ def _stages(plan: dict[str, Any]) -> str:
                     f"{shape['flops_a_clip'] / 1e12:.2f}",
                 ]
             )
-    return markdown_table(["stage, codes", "pixels", "tokens a clip", "clips a step", "steps", "clips", "epochs", "TFLOP a clip"], rows)
+    return markdown_table(
+        ["stage, codes", "pixels", "tokens a clip", "clips a step", "steps", "clips", "epochs", "TFLOP a clip"], rows
+    )
 
 
 def _memory(plan: dict[str, Any]) -> str:
@@ -94,16 +104,25 @@ def _memory(plan: dict[str, Any]) -> str:
     ]
     modes = [
         [f"{number} {stage['name']}"]
-        + [f"{(one['kept'] + one['working']) / 1e9:.1f} ({one['total'] / 1e9:.1f})" for one in stage["activations_by_recompute"].values()]
+        + [
+            f"{(one['kept'] + one['working']) / 1e9:.1f} ({one['total'] / 1e9:.1f})"
+            for one in stage["activations_by_recompute"].values()
+        ]
         for number, stage in enumerate(plan["stages"], 1)
     ]
-    recompute = markdown_table(["activations and work by recompute", *plan["stages"][0]["activations_by_recompute"]], modes)
+    recompute = markdown_table(
+        ["activations and work by recompute", *plan["stages"][0]["activations_by_recompute"]], modes
+    )
     return markdown_table(["GB a GPU", *parts.values()], rows) + "\n" + recompute
 
 
 def _seconds(plan: dict[str, Any]) -> str:
     rows = [
-        [f"{number} {stage['name']}", *(f"{1e3 * stage['seconds'][key]:.0f}" for key in TIMES), f"{100 * stage['mfu']:.1f}%"]
+        [
+            f"{number} {stage['name']}",
+            *(f"{1e3 * stage['seconds'][key]:.0f}" for key in TIMES),
+            f"{100 * stage['mfu']:.1f}%",
+        ]
         for number, stage in enumerate(plan["stages"], 1)
     ]
     return markdown_table(["milliseconds a step", *TIMES.values(), "MFU"], rows)
@@ -141,19 +160,36 @@ def _storage(plan: dict[str, Any]) -> str:
                 f"{folder['encode_flops']:.2e}",
             ]
         )
-    together = [sum(folder[key] for folder in plan["folders"]) / 1e9 for key in ("raw_bytes", "code_bytes", "text_bytes", "latent_bytes")]
+    together = [
+        sum(folder[key] for folder in plan["folders"]) / 1e9
+        for key in ("raw_bytes", "code_bytes", "text_bytes", "latent_bytes")
+    ]
     rows.append(["together", "", "", *(f"{size:,.1f}" for size in together), ""])
     encoding = plan["encoding"]
-    titles = ["codes", "clips", "hours", "raw shards (GB)", "code shards (GB)", "of it text", "latents (GB)", "encoder FLOPs"]
+    titles = [
+        "codes",
+        "clips",
+        "hours",
+        "raw shards (GB)",
+        "code shards (GB)",
+        "of it text",
+        "latents (GB)",
+        "encoder FLOPs",
+    ]
     return markdown_table(titles, rows) + (
         f"Encoding what is not there: {encoding['gpu_hours']:,.1f} GPU hours, {encoding['days']:.2f} days on these GPUs\n"
     )
 
 
 def _others(plan: dict[str, Any]) -> str:
-    lines = [f"{plan['tried']:,} layouts were looked at. Next: " + "; ".join(f"{one['name']}: {one['days']:.2f} days" for one in plan["next"])]
+    lines = [
+        f"{plan['tried']:,} layouts were looked at. Next: "
+        + "; ".join(f"{one['name']}: {one['days']:.2f} days" for one in plan["next"])
+    ]
     for number, one in enumerate(plan["alone"], 1):
-        lines.append(f"Stage {number} by itself: {one['name']}, micro_batch_size {one['micro_batch_size']}: {one['days']:.2f} days")
+        lines.append(
+            f"Stage {number} by itself: {one['name']}, micro_batch_size {one['micro_batch_size']}: {one['days']:.2f} days"
+        )
     rejected = plan["rejected"]
     if not rejected:
         return "\n".join([*lines, "No sizes had to be left out.\n"])
@@ -163,7 +199,10 @@ def _others(plan: dict[str, Any]) -> str:
 
 
 def _assumptions(gpu: dict[str, Any]) -> str:
-    eight = "" if gpu["fp8_tflops"] is None else f", in FP8 {100 * gpu['fp8_matmul_share']:.0f}% of {gpu['fp8_tflops']:,g}"
+    eight = (
+        "" if gpu["fp8_tflops"] is None else f", in FP8 {100 * gpu['fp8_matmul_share']:.0f}% of {gpu['fp8_tflops']:,g}"
+    )
+    eight += f" (half at {gpu['half_tokens']:g} rows)"
     return (
         f"Assumed (docs/planning.md): products reach {100 * gpu['matmul_share']:.0f}% of {gpu['bf16_tflops']:,g} TFLOP/s{eight}, attention "
         f"{100 * gpu['attention_share']:.0f}%; {gpu['passes_forward']:g} passes a layer\nover memory, forward, at {100 * gpu['memory_share']:.0f}% of "

@@ -128,7 +128,9 @@ class Search:
     def micro_batches(self, number: int, parallel: ParallelConfig, world: int) -> list[StageConfig]:
         """A stage with each micro batch that its batch divides into on this layout."""
         load = self.stages[number]
-        ranks = world // (parallel.tensor_parallel_size * parallel.context_parallel_size * parallel.pipeline_parallel_size)
+        ranks = world // (
+            parallel.tensor_parallel_size * parallel.context_parallel_size * parallel.pipeline_parallel_size
+        )
         whole, unit = load.config.global_batch_size, ranks * parallel.microbatch_multiple
         powers = {2**power for power in range(whole.bit_length())}
         sizes = [size for size in sorted(powers | {load.config.micro_batch_size}) if whole % (size * unit) == 0]
@@ -239,7 +241,13 @@ class Search:
 
     def refusal(self, tp: int, cp: int, pp: int) -> str | None:
         """Why these sizes can't be used whatever they take of memory."""
-        plain = replace(self.kept, tensor_parallel_size=tp, context_parallel_size=cp, pipeline_parallel_size=pp, virtual_pipeline_size=1)
+        plain = replace(
+            self.kept,
+            tensor_parallel_size=tp,
+            context_parallel_size=cp,
+            pipeline_parallel_size=pp,
+            virtual_pipeline_size=1,
+        )
         try:
             check_layout(self.model, plain, self.world)
         except UserError as error:
@@ -258,7 +266,9 @@ class Search:
             if sum(least) / DAY >= best.days or kind in seen:
                 continue
             needs = {
-                number: self.stages[number].memory(parallel, self.world, self.micro_batches(number, parallel, self.world)[0]).total
+                number: self.stages[number]
+                .memory(parallel, self.world, self.micro_batches(number, parallel, self.world)[0])
+                .total
                 for number in range(len(self.stages))
                 if self.fastest(number, parallel) is None
             }
@@ -270,9 +280,15 @@ class Search:
         for tp, cp, pp in sorted(self.sizes(self.world), key=lambda sizes: (sizes[0] * sizes[1] * sizes[2], sizes)):
             reason = self.refusal(tp, cp, pp)
             if reason is not None:
-                parallel = replace(self.kept, tensor_parallel_size=tp, context_parallel_size=cp, pipeline_parallel_size=pp)
+                parallel = replace(
+                    self.kept, tensor_parallel_size=tp, context_parallel_size=cp, pipeline_parallel_size=pp
+                )
                 yield Rejected(layout_name(replace(parallel, virtual_pipeline_size=1), self.world, False), reason)
-        stages = [size for size in range(2, self.model.num_layers + 1) if self.model.num_layers % size == 0 and self.world % size]
+        stages = [
+            size
+            for size in range(2, self.model.num_layers + 1)
+            if self.model.num_layers % size == 0 and self.world % size
+        ]
         if stages:
             yield Rejected(f"PP {', '.join(map(str, stages))}", f"{self.world} GPUs do not divide by it")
 
@@ -287,7 +303,11 @@ class Search:
         least = {one: max(self._least_memory(number, one) for number in range(len(self.stages))) for one in sizes}
         best = min(least, key=lambda one: (least[one], one))
         tp, cp, pp = best
-        name = layout_name(replace(self.kept, tensor_parallel_size=tp, context_parallel_size=cp, pipeline_parallel_size=pp), self.world, False)
+        name = layout_name(
+            replace(self.kept, tensor_parallel_size=tp, context_parallel_size=cp, pipeline_parallel_size=pp),
+            self.world,
+            False,
+        )
         return (
             f"the run fits no layout of {self.world} GPUs: the leanest one ({name}, one clip at a time, all recomputed) takes "
             f"{least[best] / 1e9:.1f} GB a GPU of {self.gpu.usable_bytes / 1e9:.1f} GB: take more or larger GPUs, or a smaller network."
@@ -321,7 +341,11 @@ def layout_name(parallel: ParallelConfig, world: int, whole: bool = True) -> str
         whole: virtual stages and recomputation are named, too.
     """
     tp, cp, pp = sizes_of(parallel)
-    parts = [f"{name} {size}" for name, size in (("TP", tp), ("CP", cp), ("PP", pp), ("DP", world // (tp * cp * pp))) if size > 1]
+    parts = [
+        f"{name} {size}"
+        for name, size in (("TP", tp), ("CP", cp), ("PP", pp), ("DP", world // (tp * cp * pp)))
+        if size > 1
+    ]
     name = " ".join(parts) or "one process"
     if not whole:
         return name

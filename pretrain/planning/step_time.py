@@ -11,9 +11,9 @@ import math
 from dataclasses import dataclass, fields
 
 from inference.config import ModelConfig
-from pretrain.planning.flops import Flops
 from parallel.memory import parameters
 from parallel.setup import ParallelConfig
+from pretrain.planning.flops import Flops
 from pretrain.planning.gpus import Gpu
 
 MEGATRON_BUCKET = 40e6
@@ -94,8 +94,13 @@ def step_time(work: Work, parallel: ParallelConfig, world: int, microbatches: in
     layers = (flops.attention_matrices + flops.feed_forward) / pp * (3 + again)
     layers += flops.feed_forward / pp if parallel.recompute == "selective" else 0.0
     low = parallel.fp8 != "none" and gpu.fp8_tflops is not None
-    fast = 1e12 * (gpu.fp8_tflops * gpu.fp8_matmul_share if low and gpu.fp8_tflops else gpu.bf16_tflops * gpu.matmul_share)
-    plain = 1e12 * gpu.bf16_tflops * gpu.matmul_share
+    filled = 1 / (1 + gpu.half_tokens * cp / work.tokens)
+    fast = (
+        filled
+        * 1e12
+        * (gpu.fp8_tflops * gpu.fp8_matmul_share if low and gpu.fp8_tflops else gpu.bf16_tflops * gpu.matmul_share)
+    )
+    plain = filled * 1e12 * gpu.bf16_tflops * gpu.matmul_share
     matmul = layers / ranks / fast + (3 * flops.ends + 2 * flops.inputs) / ranks / plain
     # a head's width is padded to a power of two
     padded = 2 ** math.ceil(math.log2(model.head_dim)) / model.head_dim

@@ -76,12 +76,18 @@ def test_the_same_run_is_planned_from_its_codes_and_from_what_is_expected_of_the
 
     assert seen(guessed) == seen(there) and len(seen(there)) == 4
     planned = folders(run, guessed)[0]
-    assert not planned.there and (planned.code_bytes, planned.hours, planned.encode_flops) == (real.code_bytes, real.hours, real.encode_flops)
+    assert not planned.there and (planned.code_bytes, planned.hours, planned.encode_flops) == (
+        real.code_bytes,
+        real.hours,
+        real.encode_flops,
+    )
 
     # other numbers of clips only change the estimate; another network is refused
     (tmp_path / "elsewhere").rename(tmp_path / "codes")
     expected[0]["clips"] = 48
-    run = settings.load(PretrainConfig, write_run(tmp_path, stages=[stage(tmp_path / "codes", 4, codes=sources[:1])], expected=common))
+    run = settings.load(
+        PretrainConfig, write_run(tmp_path, stages=[stage(tmp_path / "codes", 4, codes=sources[:1])], expected=common)
+    )
     (clips, tokens) = read_shapes(run.rooted()).notes
     assert "holds 36 clips, 60 were expected" in clips and "tokens a clip" in tokens
     with pytest.raises(UserError, match=f"have text width {TEXT_DIM}, the settings expect 16: mend `expected`"):
@@ -97,7 +103,10 @@ EXPECTED = {  # a field, another value, and where the plan changes
 }
 COMMON = {
     "text_dim": (4096, lambda plan: plan["network"]["parameters"]),
-    "text_tokens": (60, lambda plan: (plan["folders"][0]["text_bytes"], plan["stages"][0]["shapes"][0]["flops_a_clip"])),
+    "text_tokens": (
+        60,
+        lambda plan: (plan["folders"][0]["text_bytes"], plan["stages"][0]["shapes"][0]["flops_a_clip"]),
+    ),
     "latents": (True, lambda plan: plan["folders"][0]["latent_bytes"]),
     "fps": (16.0, lambda plan: plan["folders"][1]["hours"]),
     "tokenizer": ("tokenizer/configs/demo.yaml", lambda plan: plan["encoding"]["flops"]),
@@ -132,7 +141,9 @@ def test_what_is_expected_of_all_codes_has_an_effect(written_4b: dict, name: str
 
 def test_every_number_of_a_gpu_has_an_effect(tmp_path: Path) -> None:
     base = yaml.safe_load(KINDS.read_text())["h100"]
-    run = recipe("ucf101-xl", "--parallel.fp8", "delayed", "--parallel.context_parallel_size", "2", "--parallel.overlap", "off")
+    run = recipe(
+        "ucf101-xl", "--parallel.fp8", "delayed", "--parallel.context_parallel_size", "2", "--parallel.overlap", "off"
+    )
 
     def planned(**changes: Any) -> dict[str, Any]:
         (tmp_path / "gpu.yaml").write_text(yaml.safe_dump({**base, **changes}))
@@ -211,7 +222,9 @@ def test_the_command_prints_the_same_plan_again_and_again(capsys: pytest.Capture
     assert json.loads(printed[2])["network"]["parameters"] == 906_375_168
     assert json.loads(json.dumps(plan_4b)) == plan_4b
     lines = text(plan_4b).splitlines()
-    assert sum("| 3 III, clips of 33 to 65" in line for line in lines) == 4 and any("left out" in line for line in lines)
+    assert sum("| 3 III, clips of 33 to 65" in line for line in lines) == 4 and any(
+        "left out" in line for line in lines
+    )
 
 
 BAD = {
@@ -232,7 +245,9 @@ BAD = {
 def test_what_can_not_be_planned_is_refused_in_one_sentence(capsys: pytest.CaptureFixture[str], sentence: str) -> None:
     name, gpus, kind, words = BAD[sentence]
     written = [] if "no layout" in sentence else ["--as-written"]
-    status = videoar.main(["plan", "--config", str(CONFIGS / f"{name}.yaml"), "--gpus", str(gpus), "--gpu", kind, *written, *words])
+    status = videoar.main(
+        ["plan", "--config", str(CONFIGS / f"{name}.yaml"), "--gpus", str(gpus), "--gpu", kind, *written, *words]
+    )
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert status == 2 and error.startswith("videoar plan: ") and sentence in error
 

@@ -26,7 +26,9 @@ aten = torch.ops.aten
 FORMULAS: dict[Any, Any] = {
     aten.addmm_: lambda into, a, b, *rest, **more: 2 * a[0] * a[1] * b[1],
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **more: sdpa_flop_count(q, k, v),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *rest, **more: sdpa_backward_flop_count(g, q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *rest, **more: (
+        sdpa_backward_flop_count(g, q, k, v)
+    ),
 }
 CLIPS = 2
 MODEL = replace(SMALL, num_layers=2, hidden_size=128, num_attention_heads=2)
