@@ -4,16 +4,16 @@
     python -m benchmarks.scaling --keep          writes benchmarks/results/scaling.json and docs/scaling.png
     python -m benchmarks.scaling --table         the tables of docs/planning.md, in Markdown
 
-weak_mfu_N          predicted MFU of the 4B recipe's whole run on N H100s, the batch of each stage growing with N (as many clips a GPU as the
-                    recipe has on 128), on the fastest layout that fits
+weak_mfu_N          predicted MFU of the 4B recipe's whole run on N H100s, the batch of each stage growing with N (as many clips a GPU
+                    as the recipe has on 128), on the fastest layout that fits
 weak_efficiency_N   tokens a second and GPU over those on 64
 strong_mfu_N        the same with the recipe's own batches
-gpt_mfu_N           GPT-3 175B on N H100s, 1,152 sequences of 4,096 tokens as in Megatron-LM's README, by the same arithmetic with the shares of
-                    `MEGATRON`; its matmul_share is the one number that is fitted, to the 47% published for 96 GPUs
-loss_per_doubling   what the published point of 4,608 GPUs lacks of that prediction, for each doubling from 96 on: stragglers, contention and whatever
-                    else the arithmetic leaves out
+gpt_mfu_N           GPT-3 175B on N H100s, 1,152 sequences of 4,096 tokens as in Megatron-LM's README, by the same arithmetic with the
+                    shares of `MEGATRON`; its matmul_share is the one number that is fitted, to the 47% published for 96 GPUs
+loss_per_doubling   what the published point of 4,608 GPUs lacks of that prediction, for each doubling from 96 on: stragglers,
+                    contention and whatever else the arithmetic leaves out
 weak_mfu_N_lossy    weak_mfu_N with this loss for each doubling from 64 GPUs on
-gpt_ours_mfu_N      the same with the shares that our own step was measured to have
+gpt_ours_mfu_N      GPT-3 with the shares that our own step was measured to have
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pretrain.planning.gpus import Gpu, load_gpu
 from pretrain.planning.loads import stage_loads
 from pretrain.planning.search import DAY, Search, layout_name
 from pretrain.planning.shapes import read_shapes
-from pretrain.planning.step_time import Work, step_time
+from pretrain.planning.step_time import StepTime, Work, step_time
 from tokenizer import settings
 from tokenizer.scales import ScaleSchedule
 from tokenizer.sequence import SequenceLayout
@@ -51,8 +51,8 @@ AT_RECIPE = 128
 PUBLISHED = {96: 0.47, 4608: 0.42}
 GPT_COUNTS = (96, 192, 384, 768, 1536, 3072, 4608)
 SEQUENCES, LENGTH, VOCABULARY = 1152, 4096, 131072
-# 96 layers, width 12,288, 96 heads (Brown et al., 2020). A gated feed-forward network of 8/3 the width has as many weights as GPT's of 4 times;
-# one frame of one token each makes attention causal; the vocabulary is counted apart
+# 96 layers, width 12,288, 96 heads (Brown et al., 2020). A gated feed-forward network of 8/3 the width has as many weights as GPT's of
+# 4 times; frames of one token each make attention causal; the vocabulary is counted apart
 GPT = ModelConfig(
     num_layers=96, hidden_size=12288, num_attention_heads=96, ffn_hidden_size=32768, scales=((1, 1),), num_frames=LENGTH - 1, bits=64,
     num_classes=1,
@@ -117,11 +117,7 @@ def recipe(count: int, gpu: Gpu, grows: bool) -> dict[str, Any]:
         "mfu": flops / seconds / count / (1e12 * gpu.bf16_tflops),
         "rate": tokens / seconds / count,
         "step": [one.time.total for one in best.stages],
-        "messages": sum(
-            one.stage.steps * (one.time.data + one.time.tensor + one.time.context + one.time.messages)
-            for one in best.stages
-        )
-        / seconds,
+        "messages": sum(one.stage.steps * _messages(one.time) for one in best.stages) / seconds,
         "bubble": sum(one.stage.steps * one.time.bubble for one in best.stages) / seconds,
     }
 
@@ -150,8 +146,12 @@ def gpt(count: int, gpu: Gpu) -> dict[str, Any]:
                 "step": time.total,
                 "bubble": time.bubble / time.total,
             }
-            best["messages"] = (time.data + time.tensor + time.messages) / time.total
+            best["messages"] = _messages(time) / time.total
     return best
+
+
+def _messages(time: StepTime) -> float:
+    return time.data + time.tensor + time.context + time.messages
 
 
 def _gpt_layouts(count: int) -> Iterator[tuple[ParallelConfig, int, int]]:
@@ -200,11 +200,8 @@ def tables(weak: dict, strong: dict, theirs: dict, ours: dict) -> str:
             f"| {count:,} | {100 * one['mfu']:.1f}% | {100 * one['lossy']:.1f}% | {100 * one['messages']:.1f}%, "
             f"{100 * one['bubble']:.1f}% | {one['layout']} | {100 * other['mfu']:.1f}% | {other['days']:.2f} | {other['layout']} |"
         )
-    lines += [
-        "",
-        "| GPUs | published | predicted, Megatron's shares | layout | messages, bubble | predicted, our shares |",
-        "|" + "---|" * 6,
-    ]
+    head = "| GPUs | published | predicted, Megatron's shares | layout | messages, bubble | predicted, our shares |"
+    lines += ["", head, "|" + "---|" * 6]
     for count in GPT_COUNTS:
         one, said = theirs[count], PUBLISHED.get(count)
         lines.append(

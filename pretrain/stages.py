@@ -29,12 +29,16 @@ MAX_SPREAD = 1.15
 class Clips(Protocol):
     """What a plan needs to know of the clips of one shape; a `CodeDataset` is one."""
 
-    path: Any
-    manifest: Manifest
-    number: int
-    num_frames: int
-    schedule: ScaleSchedule
-
+    @property
+    def path(self) -> Any: ...
+    @property
+    def manifest(self) -> Manifest: ...
+    @property
+    def number(self) -> int: ...
+    @property
+    def num_frames(self) -> int: ...
+    @property
+    def schedule(self) -> ScaleSchedule: ...
     def __len__(self) -> int: ...
 
 

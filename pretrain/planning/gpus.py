@@ -28,7 +28,7 @@ class Gpu:
         fp8_matmul_share: of fp8_tflops.
         half_tokens: rows of a microbatch at which products reach only half of these shares; n rows reach n / (n + half_tokens).
         attention_share: of bf16_tflops, that attention over visible pairs reaches.
-        passes_forward: reads and writes of a hidden state for each token and layer outside of the products, forward; twice as many backward.
+        passes_forward: reads and writes of a hidden state a token and layer outside of the products, forward; backward are twice as many.
         memory_share: of memory_gb_per_second, that norms, rotations, activations, sums and the optimizer reach.
         link_share: of NVLink and network, that collectives reach.
         tensor_hidden: share of the tensor-parallel collectives that products hide; nothing here switches such an overlap on.
@@ -71,13 +71,8 @@ class Gpu:
         check_each(self, ("fp8_tflops",), lambda value: value is None or value > 0, "be above 0", "the GPU's ")
         shares = [name for name in self.__dataclass_fields__ if name.endswith("_share")]
         check_each(self, shares, lambda value: 0 < value <= 1, "be above 0 and at most 1", "the GPU's ")
-        check_each(
-            self,
-            ("latency_us", "reserved_gb", "passes_forward", "half_tokens"),
-            lambda value: value >= 0,
-            "be at least 0",
-            "the GPU's ",
-        )
+        amounts = ("latency_us", "reserved_gb", "passes_forward", "half_tokens")
+        check_each(self, amounts, lambda value: value >= 0, "be at least 0", "the GPU's ")
         check_each(self, ("tensor_hidden",), lambda value: 0 <= value <= 1, "be from 0 to 1", "the GPU's ")
 
     @property

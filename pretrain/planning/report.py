@@ -182,14 +182,11 @@ def _storage(plan: dict[str, Any]) -> str:
 
 
 def _others(plan: dict[str, Any]) -> str:
-    lines = [
-        f"{plan['tried']:,} layouts were looked at. Next: "
-        + "; ".join(f"{one['name']}: {one['days']:.2f} days" for one in plan["next"])
-    ]
+    following = "; ".join(f"{one['name']}: {one['days']:.2f} days" for one in plan["next"])
+    lines = [f"{plan['tried']:,} layouts were looked at. Next: {following}"]
     for number, one in enumerate(plan["alone"], 1):
-        lines.append(
-            f"Stage {number} by itself: {one['name']}, micro_batch_size {one['micro_batch_size']}: {one['days']:.2f} days"
-        )
+        micro, days = one["micro_batch_size"], one["days"]
+        lines.append(f"Stage {number} by itself: {one['name']}, micro_batch_size {micro}: {days:.2f} days")
     rejected = plan["rejected"]
     if not rejected:
         return "\n".join([*lines, "No sizes had to be left out.\n"])
@@ -199,14 +196,15 @@ def _others(plan: dict[str, Any]) -> str:
 
 
 def _assumptions(gpu: dict[str, Any]) -> str:
-    eight = (
-        "" if gpu["fp8_tflops"] is None else f", in FP8 {100 * gpu['fp8_matmul_share']:.0f}% of {gpu['fp8_tflops']:,g}"
-    )
-    eight += f" (half at {gpu['half_tokens']:g} rows)"
+    share = {name: f"{100 * value:.0f}%" for name, value in gpu.items() if name.endswith("_share")}
+    eight = ""
+    if gpu["fp8_tflops"] is not None:
+        eight = f", in FP8 {share['fp8_matmul_share']} of {gpu['fp8_tflops']:,g}"
     return (
-        f"Assumed (docs/planning.md): products reach {100 * gpu['matmul_share']:.0f}% of {gpu['bf16_tflops']:,g} TFLOP/s{eight}, attention "
-        f"{100 * gpu['attention_share']:.0f}%; {gpu['passes_forward']:g} passes a layer\nover memory, forward, at {100 * gpu['memory_share']:.0f}% of "
-        f"{gpu['memory_gb_per_second']:,g} GB/s; collectives at {100 * gpu['link_share']:.0f}% of {gpu['nvlink_gb_per_second']:g} GB/s in a node "
-        f"and {gpu['network_gb_per_second']:g} GB/s a GPU between\nnodes, {gpu['latency_us']:g} us a hop; encoding {100 * gpu['encode_share']:.0f}%; "
-        f"{gpu['reserved_gb']:g} GB reserved, {100 * gpu['usable_share']:.0f}% of the rest usable. No failures, stragglers, saving or validation.\n"
+        f"Assumed (docs/planning.md): products reach {share['matmul_share']} of {gpu['bf16_tflops']:,g} TFLOP/s{eight} (half at "
+        f"{gpu['half_tokens']:g} rows), attention {share['attention_share']};\n{gpu['passes_forward']:g} passes a layer over memory, "
+        f"forward, at {share['memory_share']} of {gpu['memory_gb_per_second']:,g} GB/s; collectives at {share['link_share']} of "
+        f"{gpu['nvlink_gb_per_second']:g} GB/s in a node and\n{gpu['network_gb_per_second']:g} GB/s a GPU between nodes, "
+        f"{gpu['latency_us']:g} us a hop; encoding {share['encode_share']}; {gpu['reserved_gb']:g} GB reserved, "
+        f"{share['usable_share']} of the rest usable.\nNo failures, stragglers, saving or validation.\n"
     )

@@ -217,7 +217,8 @@ class Search:
             memory = load.memory(parallel, self.world, load.config)
             if memory.total > self.gpu.usable_bytes:
                 raise UserError(
-                    f"stage '{load.config.name}' takes {memory.total / 1e9:.1f} GB a GPU as written, of {self.gpu.usable_bytes / 1e9:.1f} GB: "
+                    f"stage '{load.config.name}' takes {memory.total / 1e9:.1f} GB a GPU as written, of "
+                    f"{self.gpu.usable_bytes / 1e9:.1f} GB: "
                     "share it over more GPUs, recompute more, or lower micro_batch_size."
                 )
             found.append(StageOption(load.config, time, memory))
@@ -302,12 +303,8 @@ class Search:
         sizes = {sizes_of(parallel) for parallel, _ in self.ordered}
         least = {one: max(self._least_memory(number, one) for number in range(len(self.stages))) for one in sizes}
         best = min(least, key=lambda one: (least[one], one))
-        tp, cp, pp = best
-        name = layout_name(
-            replace(self.kept, tensor_parallel_size=tp, context_parallel_size=cp, pipeline_parallel_size=pp),
-            self.world,
-            False,
-        )
+        leanest = next(iter(self.layouts(*best)))
+        name = layout_name(leanest, self.world, False)
         return (
             f"the run fits no layout of {self.world} GPUs: the leanest one ({name}, one clip at a time, all recomputed) takes "
             f"{least[best] / 1e9:.1f} GB a GPU of {self.gpu.usable_bytes / 1e9:.1f} GB: take more or larger GPUs, or a smaller network."

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -28,4 +29,4 @@ if __name__ == "__main__":
         found.append(gathered)
         destroy()
     if info.rank == 0:
-        print(json.dumps(found), file=open(sys.argv[1], "w"))
+        Path(sys.argv[1]).write_text(json.dumps(found))
