@@ -15,7 +15,7 @@ import queue
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -242,7 +242,7 @@ class Saver:
             newest = latest(self.directory)
             raise SaveError(
                 step,
-                f"the checkpoint {self._final(step)} could not be written ({reason[0]}): mend that (is the disk full?) and start "
+                f"the checkpoint {self._final(step)} could not be written ({reason[0]}; {_free(self.directory)} free there): mend that (is the disk full?) and start "
                 f"again, from {newest or 'the beginning'}.",
             )
 
@@ -309,6 +309,13 @@ def _write_bucket(transforms: Any, bucket: Any) -> Any:
         raise outcome
     sync(Path(bucket[0]))  # megatron does so before the last buffer is written
     return outcome
+
+
+def _free(directory: Path) -> str:
+    """The space beside a checkpoint that failed: torch's own error does not say that there was none."""
+    with suppress(OSError):
+        return f"{shutil.disk_usage(directory).free / 1e6:.1f} MB"
+    return "unknown space"
 
 
 def _remove(folders: list[Path]) -> None:

@@ -20,7 +20,8 @@ class ResilienceConfig:
             "auto": nvidia where it is there.
         heartbeat_every: seconds between two heartbeats of each process (`heartbeats/` in the run's folder).
         on_bad_step: what is done about a step whose loss or gradient is not finite, or is a spike: "stop" the run, "skip" its batch, or
-            "rollback": load the newest checkpoint and leave out all batches from there on, the bad one included.
+            "rollback": load the newest checkpoint and leave out all batches from there on, the bad one included; before the first
+            checkpoint, "skip".
         spike_factor: a loss or gradient norm is a spike if it lies so many times the usual spread above the median of the steps before;
             0: there are no spikes.
         spike_window: the steps whose median and spread (1.4826 times the median distance from the median) are meant; each stage judges none

@@ -7,6 +7,7 @@ python -m torch.distributed.run --nproc-per-node 2 -m videoar pretrain --config 
 from __future__ import annotations
 
 import platform
+from contextlib import ExitStack
 from pathlib import Path
 
 from parallel.setup import ProcessInfo, destroy, initialize
@@ -16,6 +17,7 @@ from pretrain.sample_log import SampleLog
 from pretrain.stages import make_plan
 from pretrain.start import Position
 from pretrain.trainer import Trainer
+from pretrain.watchdog import watch
 from tokenizer import settings
 from tokenizer.errors import UserError
 from tokenizer.metrics_log import MetricsLog
@@ -43,14 +45,13 @@ def pretrain(config: PretrainConfig) -> Position:
         UserError: settings, codes, layout or checkpoint do not fit together, or the loss is not finite.
     """
     config = config.rooted()
-    with stop_on_signals() as stop:
+    with stop_on_signals() as stop, ExitStack() as stack:
         plan = make_plan(config)
         info = initialize(config.parallel, config.seed)
         check_batches(config, info)
         out = Path(config.out)
-        if info.rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
-        trainer = Trainer(config, plan, info, stop)
+        watchdog = stack.enter_context(watch(config.resilience, out, info))
+        trainer = Trainer(config, plan, info, stop, watchdog)
         position = trainer.restore()
         if info.rank == 0:
             settings.save(config, out / "config.yaml")

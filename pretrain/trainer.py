@@ -39,6 +39,7 @@ from pretrain.skips import EVENT, Skip, Skips
 from pretrain.spikes import Spikes
 from pretrain.stages import Plan, StagePlan, layout_for
 from pretrain.start import Position, check_same_run, exported_weights
+from pretrain.watchdog import Watchdog
 from tokenizer import settings
 from tokenizer.errors import UserError
 from tokenizer.metrics_log import MetricsLog
@@ -70,10 +71,11 @@ class Trainer:
         plan: its stages.
         info: this process.
         stop: set by signals.
+        watchdog: is told of all progress.
     """
 
-    def __init__(self, config: PretrainConfig, plan: Plan, info: ProcessInfo, stop: StopFlag):
-        self.config, self.plan, self.info, self.stop = config, plan, info, stop
+    def __init__(self, config: PretrainConfig, plan: Plan, info: ProcessInfo, stop: StopFlag, watchdog: Watchdog):
+        self.config, self.plan, self.info, self.stop, self.watchdog = config, plan, info, stop, watchdog
         optimizer, resilience = config.optimizer, config.resilience
         self.out = Path(config.out)
         self.checkpoints = self.out / "checkpoints"
@@ -96,15 +98,12 @@ class Trainer:
         self.samples: SampleLog | None = None
 
     def restore(self) -> Position:
-        """Loads the newest sound checkpoint, if there is one; without one, a run that may roll back saves its beginning."""
+        """Loads the newest sound checkpoint, if there is one."""
         self.skips.read((), self.history)
         self._tell_damaged(self.damaged, 0)
         if self.newest is not None:
             return self._load(self.newest)
-        position = Position()
-        if self.config.resilience.on_bad_step == "rollback":
-            self._save(position, self.plan.stages[0])
-        return position
+        return Position()
 
     def run_stage(self, stage: StagePlan, position: Position) -> Position:
         """Trains from `position` to the stage's end, or until a stop is asked for; the returned position is saved.
@@ -122,6 +121,7 @@ class Trainer:
         with Meter(label, steps, done=step) if self.info.rank == 0 else nullcontext() as meter:
             while step < steps:
                 started = time.monotonic()
+                self.watchdog.beat("beginning a step", offset + step)
                 self.faults.strike(offset + step + 1)
                 batch = self._next_batch(stage, stream)
                 try:
@@ -168,6 +168,7 @@ class Trainer:
     def _next_batch(self, stage: StagePlan, stream: CodeStream) -> CodeBatch:
         """The next batch that is not left out."""
         while True:
+            self.watchdog.beat("waiting for data")
             number = stream.step
             try:
                 batch = next(stream)
@@ -252,6 +253,7 @@ class Trainer:
         return position
 
     def _load(self, folder: Path) -> Position:
+        self.watchdog.beat("loading")
         common = checkpoint.load_common(folder)
         check_same_run(self.config, self.plan.model, common, folder)
         checkpoint.load(folder, self.chunks, self.optimizer, self.ema)
@@ -292,6 +294,7 @@ class Trainer:
 
         `factor` is 1 but for a fault on purpose.
         """
+        self.watchdog.beat("computing" if training else "validating")
         # as many microbatches of every source: with a token budget their clips differ in number
         share = stage.config.global_batch_size // self.info.data_parallel_size
         micro = len(batch) * stage.config.micro_batch_size // share
@@ -321,6 +324,7 @@ class Trainer:
             "tokenizer": self.plan.tokenizer,
             "config": settings.to_dict(self.config),
         }
+        self.watchdog.beat("saving")
         self._finish_save()
         background = self.config.save_in_background and not last
         tries = self.config.resilience.save_tries if last else 1
@@ -330,6 +334,7 @@ class Trainer:
                 return
             except SaveError as error:
                 self._save_failed(error)
+                self.watchdog.beat("saving again")
                 if last and number == tries:
                     raise
                 if last:

@@ -14,13 +14,14 @@ CONTEXT.set_forkserver_preload(["pretrain.train"])
 
 
 def run_ranks(
-    settings: Path, size: int, overrides: list[str], events: dict[int, tuple[int, int]] | None = None
+    settings: Path, size: int, overrides: list[str], events: dict[int, tuple[int, int]] | None = None, faults: str = ""
 ) -> list[Any]:
     """Trains on `size` processes with the environment that torchrun gives.
 
     Args:
         settings, overrides: of the run.
         events: global step -> (rank, signal): the rank sends itself the signal when it begins that step.
+        faults: see `pretrain.faults`.
 
     Returns:
         the exit codes. As torchrun does, a dead process ends the others.
@@ -28,7 +29,7 @@ def run_ranks(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = [(rank, size, port, str(settings), overrides, events or {}) for rank in range(size)]
+    arguments = [(rank, size, port, str(settings), overrides, events or {}, faults) for rank in range(size)]
     processes = [CONTEXT.Process(target=_rank, args=entry) for entry in arguments]
     for process in processes:
         process.start()
@@ -41,10 +42,12 @@ def run_ranks(
     return [process.exitcode for process in processes]
 
 
-def _rank(rank: int, size: int, port: int, file: str, overrides: list[str], events: dict[int, tuple[int, int]]) -> None:
+def _rank(
+    rank: int, size: int, port: int, file: str, overrides: list[str], events: dict[int, tuple[int, int]], faults: str
+) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "VIDEOAR_FAULT": faults,
     }  # fmt: skip
     import torch
 
