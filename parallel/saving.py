@@ -233,16 +233,14 @@ class Saver:
                 work(step)
             except (OSError, RuntimeError) as error:
                 lines = str(error).strip().splitlines()
-                reason = [lines[-1].strip() if lines else type(error).__name__]
+                reason = [f"{lines[-1].strip() if lines else type(error).__name__}; {_free(self.directory)} free there"]
+                shutil.rmtree(self._temporary(step), ignore_errors=True)  # no rank's thread is still at it
         dist.broadcast_object_list(reason, src=0)
         if reason[0] is not None:
-            # no rank's thread is still at it
-            if dist.get_rank() == 0:
-                shutil.rmtree(self._temporary(step), ignore_errors=True)
             newest = latest(self.directory)
             raise SaveError(
                 step,
-                f"the checkpoint {self._final(step)} could not be written ({reason[0]}; {_free(self.directory)} free there): mend that (is the disk full?) and start "
+                f"the checkpoint {self._final(step)} could not be written ({reason[0]}): mend that (is the disk full?) and start "
                 f"again, from {newest or 'the beginning'}.",
             )
 

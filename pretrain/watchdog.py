@@ -32,7 +32,6 @@ from parallel.setup import ProcessInfo
 from pretrain.events import write_event
 from pretrain.resilience import ResilienceConfig
 from tokenizer.errors import UserError
-from tokenizer.files import write_whole
 
 HUNG = 4
 """The exit status of a run that hung: whatever started it may start it again, and it goes on from its newest checkpoint."""
@@ -62,7 +61,7 @@ class Watchdog:
         if info.rank == 0:
             shutil.rmtree(self.folder, ignore_errors=True)  # of an earlier start
             self.folder.mkdir(parents=True, exist_ok=True)
-        dist.barrier() if info.world_size > 1 else None
+        dist.broadcast_object_list([None], src=0)  # nobody looks into it before that
         self.beat("starting")
         self._thread.start()
 
@@ -91,9 +90,9 @@ class Watchdog:
             self.monitor.shutdown_workload_monitoring()
 
     def _watch(self) -> None:
-        pause = min(self.every, self.timeout / 4) if self.timeout else self.every
+        pause = min(self.every, GRACE / 4, self.timeout / 4 or GRACE)
         written = -self.every
-        while not self._closed.wait(min(pause, 1.0)):
+        while not self._closed.wait(pause):
             since = time.monotonic() - self._progress
             if time.monotonic() - written >= self.every:
                 written = time.monotonic()
@@ -107,8 +106,10 @@ class Watchdog:
             "rank": self.info.rank, "host": platform.node(), "pid": os.getpid(), "time": round(time.time(), 3),
             "global_step": self._global_step, "doing": self._doing, "since": round(since, 1),
         }  # fmt: skip
+        temporary = self.folder / f".rank-{self.info.rank}"
         with suppress(OSError):  # of a full disk others speak
-            write_whole(self.folder / f"rank-{self.info.rank}.json", json.dumps(content))
+            temporary.write_text(json.dumps(content))
+            temporary.replace(self.folder / f"rank-{self.info.rank}.json")
 
     def _end(self, since: float) -> None:
         """Stacks of all threads into the log and the run's folder; then the process ends, once the others have done so, too."""

@@ -47,26 +47,27 @@ def _flip(file: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_put_aside_by_all_and_the_one_before_is_taken(tmp_path: Path) -> None:
-    """Two data-parallel processes, each of which looks at other files; a flipped bit in one file, a shorter file in the next checkpoint."""
+    """Two tensor-parallel processes, each of which looks at other files; a flipped bit, and in the checkpoint before a shorter file."""
+    words = ["--parallel.tensor_parallel_size", "2"]
     file = write_run(tmp_path, stages=[stage(tmp_path / "codes", 6)], checkpoint_every=2, keep=5)
-    assert run_ranks(file, 2, []) == [0, 0]
+    assert run_ranks(file, 2, words) == [0, 0]
     out, folder = tmp_path / "run", tmp_path / "run" / "checkpoints"
     expected = _exact(out)
     files = sorted((folder / "step-6").glob("*.distcp"))
     assert len(files) == 2
     _flip(files[1])
     shorter = sorted((folder / "step-4").glob("*.distcp"))[0]
-    os.truncate(shorter, shorter.stat().st_size - 1)
-    assert run_ranks(file, 2, []) == [0, 0]
+    size = shorter.stat().st_size
+    os.truncate(shorter, size - 1)
+    assert run_ranks(file, 2, words) == [0, 0]
     assert _exact(out) == expected
     assert sorted(entry.name for entry in folder.iterdir()) == [
         "corrupt-step-4", "corrupt-step-6", "step-2", "step-4", "step-6",
     ]  # fmt: skip
     told = [(event["folder"], event["reason"]) for event in _happened(out, "damaged_checkpoint")]
-    size = shorter.stat().st_size
     assert told == [
         ("corrupt-step-6", f"{files[1].name} has another checksum than was written"),
-        ("corrupt-step-4", f"{shorter.name} has {size} bytes instead of {size + 1}"),
+        ("corrupt-step-4", f"{shorter.name} has {size - 1} bytes instead of {size}"),
     ]
     assert read_events(out)[-2]["event"] == "start" and read_events(out)[-2]["global_step"] == 2
 
@@ -142,7 +143,11 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(
     assert sorted(entry.name for entry in folder.iterdir()) == ["step-3", "step-4"]
     assert [line["step"] for line in metrics(small_disk / "run")] == [1, 2, 3, 4]
     said = capsys.readouterr().err
-    assert "WARNING: WITHOUT A CHECKPOINT" in said and "step-2 could not be written" in said and "0.0 MB free there" in said
+    assert (
+        "WARNING: WITHOUT A CHECKPOINT" in said
+        and "step-2 could not be written" in said
+        and "0.0 MB free there" in said
+    )
     monkeypatch.undo()
     assert damage(folder / "step-4") is None and _run(file)
 
@@ -168,6 +173,7 @@ def test_the_last_save_is_tried_again_as_set(tmp_path: Path, small_disk: Path, m
     with pytest.raises(SaveError, match="could not be written .*; 0.0 MB free there"):
         _run(file, *words, "2")
     assert pauses == [0.25] and checkpoint.latest(small_disk / "run" / "checkpoints") is None
+    filler.unlink()
     assert _run(file, *words, "4")  # the third pause makes space
     assert pauses == [0.25] * 3
     assert checkpoint.latest(small_disk / "run" / "checkpoints") is not None
