@@ -283,7 +283,7 @@ def apply_gradients(optimizer: MegatronOptimizer, lr: float, norm: float) -> Non
         for one in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
             if parameters := one.get_parameters():
                 decoupled = one.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
-                clip_grad_by_total_norm_fp32(parameters, one.config.clip_grad, norm, decoupled)
+                clip_grad_by_total_norm_fp32([*parameters], one.config.clip_grad, norm, decoupled)
         optimizer.step_with_ready_grads()
     for chunk in optimizer.model_chunks:  # type: ignore[attr-defined]
         for group in chunk.bucket_groups:

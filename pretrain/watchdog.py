@@ -168,7 +168,7 @@ def _nvidia(config: ResilienceConfig) -> tuple[Any, str]:
                 "or set it to auto."
             )
         return None, missing
-    from nvidia_resiliency_ext.fault_tolerance import RankMonitorClient
+    from nvidia_resiliency_ext.fault_tolerance import RankMonitorClient  # type: ignore[import-not-found]
 
     client = RankMonitorClient()
     # ours, plus the time for the stacks, in place of the launcher's own time-outs
