@@ -10,34 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 
 from data_pipelines.code_stream import CodeBatch, CodeStream
-from inference.config import ModelConfig
 from parallel import checkpoint
 from parallel.ema import Ema
 from parallel.integrity import newest_sound
 from parallel.saving import SaveError, Saver
-from parallel.setup import ParallelConfig, ProcessInfo
+from parallel.setup import ProcessInfo
 from parallel.train_step import (
-    Microbatch,
     StepResult,
     apply_gradients,
     build_model,
     build_optimizer,
-    forward_backward,
     gradient_norm,
 )
-from pretrain.bitwise_loss import bitwise_loss
+from pretrain.batch_loss import batch_loss
 from pretrain.config import PretrainConfig
 from pretrain.events import read_events, write_event
 from pretrain.faults import Faults
-from pretrain.objective import ObjectiveConfig, prepare
 from pretrain.sample_log import SampleLog
 from pretrain.schedule import learning_rate
 from pretrain.skips import EVENT, Skip, Skips
 from pretrain.spikes import Spikes
-from pretrain.stages import Plan, StagePlan, layout_for
+from pretrain.stages import Plan, StagePlan
 from pretrain.start import Position, check_same_run, exported_weights
 from pretrain.watchdog import Watchdog
 from tokenizer import settings
@@ -290,26 +285,8 @@ class Trainer:
             )
 
     def _loss(self, stage: StagePlan, batch: CodeBatch, training: bool, factor: float = 1.0) -> tuple[StepResult, int]:
-        """Loss (and gradients) of a global batch, of which `batch` is this rank's part; and its number of predicted tokens.
-
-        `factor` is 1 but for a fault on purpose.
-        """
         self.watchdog.beat("computing" if training else "validating")
-        # as many microbatches of every source: with a token budget their clips differ in number
-        share = stage.config.global_batch_size // self.info.data_parallel_size
-        micro = len(batch) * stage.config.micro_batch_size // share
-        batch = batch.to(self.info.device)
-        parts = [batch.rows(start, start + micro) for start in range(0, len(batch), micro)]
-        microbatches = [
-            microbatch(part, stage.objective, self.plan.model, self.config.parallel, training) for part in parts
-        ]
-
-        def loss(logits: Tensor, one: Microbatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            total, clips, report = bitwise_loss(logits, one.targets, one.layout, stage.objective.token_weight)
-            return total if factor == 1 else total * factor, clips, report
-
-        result = forward_backward(self.chunks, microbatches, loss, training)
-        return result, result.clips * batch.tokens.shape[1] * batch.tokens.shape[2]
+        return batch_loss(self.chunks, batch, stage, self.plan.model, self.config.parallel, self.info, training, factor)
 
     def _save(self, position: Position, stage: StagePlan, last: bool = False) -> None:
         """Saves a position; one that can't be written is warned of, and the training goes on.
@@ -356,17 +333,6 @@ class Trainer:
 
     def _save_failed(self, error: SaveError) -> None:
         self._tell("save_failed", f"WITHOUT A CHECKPOINT: {error}", global_step=error.step, reason=str(error))
-
-
-def microbatch(
-    batch: CodeBatch, objective: ObjectiveConfig, model: ModelConfig, parallel: ParallelConfig, training: bool
-) -> Microbatch:
-    """Clips as the parallel model takes them."""
-    layout = layout_for(model, batch.tokens.shape[1], batch.schedule.scales, parallel.sequence_multiple)
-    ready = prepare(batch, objective, layout, training)
-    return Microbatch(
-        ready.inputs, layout, ready.text, ready.text_lengths, ready.frame_mask, ready.drop_condition, ready.targets
-    )
 
 
 def _head(stage: StagePlan, step: int, global_step: int) -> dict[str, Any]:

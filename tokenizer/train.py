@@ -75,7 +75,7 @@ def train(
 ) -> VideoTokenizer | None:
     """Trains a tokenizer and writes it to `out`; killed and called again, it goes on from its last checkpoint.
 
-    Under torchrun every process calls it with the same settings. On SIGTERM the step under way is finished and saved.
+    Under torchrun every process calls it with the same settings. On SIGTERM or SIGUSR1 the step under way is finished and saved.
 
     Args:
         config: the recipe, with all phases in steps (`resolved`).

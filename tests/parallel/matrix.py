@@ -32,11 +32,11 @@ from parallel.memory import parameters as planned_parameters
 from parallel.saving import Saver
 from parallel.setup import ParallelConfig, ProcessInfo, destroy, initialize
 from parallel.train_step import Microbatch, build_model, build_optimizer, forward_backward, update
+from pretrain.batch_loss import microbatch
 from pretrain.bitwise_loss import bitwise_loss
 from pretrain.error_correction import ErrorCorrectionConfig
 from pretrain.objective import ObjectiveConfig
 from pretrain.randomness import Randomness
-from pretrain.trainer import microbatch
 from tests.parallel.torchrun import torchrun
 from tokenizer.scales import ScaleSchedule
 

@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -196,11 +198,11 @@ def test_a_signal_to_all_processes_of_a_run_saves_and_stops(tmp_path: Path, numb
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     words = ["-m", "videoar", "pretrain", "--config", str(file)]
     process = subprocess.Popen(
-        [os.sys.executable, *words], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, *words], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     while not (tmp_path / "run" / "metrics.jsonl").exists() or not metrics(tmp_path / "run"):
         assert process.poll() is None
-        os.sched_yield()
+        time.sleep(0.05)
     os.killpg(process.pid, number)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 3 and "stopped by a signal and saved" in said, said

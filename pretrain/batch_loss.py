@@ -1,0 +1,62 @@
+"""Loss and gradients of a global batch on the parallel model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
+
+from data_pipelines.code_stream import CodeBatch
+from inference.config import ModelConfig
+from parallel.setup import ParallelConfig, ProcessInfo
+from parallel.train_step import Microbatch, StepResult, forward_backward
+from pretrain.bitwise_loss import bitwise_loss
+from pretrain.objective import ObjectiveConfig, prepare
+from pretrain.stages import StagePlan, layout_for
+
+
+def batch_loss(
+    chunks: Sequence[DistributedDataParallel],
+    batch: CodeBatch,
+    stage: StagePlan,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    info: ProcessInfo,
+    training: bool,
+    factor: float = 1.0,
+) -> tuple[StepResult, int]:
+    """Loss (and gradients, in training) of a global batch; and its number of predicted tokens.
+
+    Args:
+        chunks: of `build_model`.
+        batch: this rank's part.
+        stage: objective and sizes.
+        model, parallel, info: the network, its layout, this process.
+        training: with flips, frame masks, dropped conditions and gradients.
+        factor: what the loss is multiplied by: 1 but for a fault on purpose.
+    """
+    # as many microbatches of every source: with a token budget their clips differ in number
+    share = stage.config.global_batch_size // info.data_parallel_size
+    micro = len(batch) * stage.config.micro_batch_size // share
+    batch = batch.to(info.device)
+    parts = [batch.rows(start, start + micro) for start in range(0, len(batch), micro)]
+    microbatches = [microbatch(part, stage.objective, model, parallel, training) for part in parts]
+
+    def loss(logits: Tensor, one: Microbatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        total, clips, report = bitwise_loss(logits, one.targets, one.layout, stage.objective.token_weight)
+        return total if factor == 1 else total * factor, clips, report
+
+    result = forward_backward(chunks, microbatches, loss, training)
+    return result, result.clips * batch.tokens.shape[1] * batch.tokens.shape[2]
+
+
+def microbatch(
+    batch: CodeBatch, objective: ObjectiveConfig, model: ModelConfig, parallel: ParallelConfig, training: bool
+) -> Microbatch:
+    """Clips as the parallel model takes them."""
+    layout = layout_for(model, batch.tokens.shape[1], batch.schedule.scales, parallel.sequence_multiple)
+    ready = prepare(batch, objective, layout, training)
+    return Microbatch(
+        ready.inputs, layout, ready.text, ready.text_lengths, ready.frame_mask, ready.drop_condition, ready.targets
+    )
