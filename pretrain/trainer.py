@@ -218,30 +218,31 @@ class Trainer:
         Raises:
             UserError: the settings say stop, or there were too many.
         """
-        resilience, first, last = self.config.resilience, stream.step - 1, stream.step - 1
-        self._finish_save()
-        newest, damaged = newest_sound(self.checkpoints)
-        self._tell_damaged(damaged, global_step)
+        resilience, last = self.config.resilience, stream.step - 1
         count = self.skips.count(stage.index)
         if resilience.on_bad_step == "stop" or count >= resilience.max_bad_steps:
+            self._finish_save()
             before = f", after {count} such steps that were left out (resilience.max_bad_steps)" if count else ""
             raise UserError(
                 f"step {global_step + 1} of {self.config.out}: {bad.reason}: lower the learning rate (now {bad.lr:.2e}) and go on from "
-                f"{newest or 'the start'}, or set resilience.on_bad_step{before}."
+                f"{checkpoint.latest(self.checkpoints) or 'the start'}, or set resilience.on_bad_step{before}."
             )
-        action = (
-            resilience.on_bad_step if newest else "skip"
-        )  # the disk may have been full when the beginning was saved
-        if action == "rollback":
-            target = Position.of(checkpoint.load_common(newest or ""))
+        newest = None
+        if resilience.on_bad_step == "rollback":
+            self._finish_save()
+            newest, damaged = newest_sound(self.checkpoints)
+            self._tell_damaged(damaged, global_step)
+        action, first = "skip", last
+        if newest is not None:
+            action, target = "rollback", Position.of(checkpoint.load_common(newest))
             first = target.batches if target.stage == stage.index else 0
         skip = Skip(stage.index, first, last, global_step, action, bad.reason)
         self.skips.add(skip)
         text = f"step {global_step + 1}: {bad.reason}; {action}: batches {first} to {last} of the stage's data are left out"
         self._tell(EVENT, text, **asdict(skip))
-        if action == "skip":
+        if newest is None:
             return None
-        position = self._load(newest or Path())
+        position = self._load(newest)
         for each in (self.log, self.samples):
             if each is not None:
                 each.rewind(position.global_step)
