@@ -54,6 +54,7 @@ class ShardsConfig:
         part_files: input files of a part. Parts are written by processes of their own, and a run that was cut short goes on with the
             parts that are missing.
         workers: parts that are written at a time; 0: one a core.
+        split: UCF-101's own lists, such as ucfTrainTestlist/trainlist01.txt: only the videos that they name; none: all.
     """
 
     min_frames: int = 17
@@ -61,6 +62,7 @@ class ShardsConfig:
     shard_size: str = "64mb"
     part_files: int = 512
     workers: int = 0
+    split: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_each(self, ("min_frames", "part_files"), lambda value: value >= 1, "be at least 1")

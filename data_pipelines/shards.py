@@ -40,6 +40,7 @@ from typing import Any
 from data_pipelines.shard_index import merge_indexes
 from data_pipelines.shard_part import AT, DONE, FAILED, ShardsConfig, beside, write_part
 from data_pipelines.sources import Source, find_sources, fingerprint
+from data_pipelines.ucf101 import select
 from tokenizer.errors import UserError
 from tokenizer.files import sync, write_whole
 from tokenizer.progress import Meter
@@ -70,7 +71,10 @@ def write_shards(videos: Path, out: Path, options: ShardsConfig | None = None) -
     options = options or ShardsConfig()
     videos, out = Path(videos), Path(out)
     sources, classes = find_sources(videos)
-    settings = {key: value for key, value in asdict(options).items() if key != "workers"}  # they change no byte
+    if options.split:
+        sources = select(sources, [Path(file) for file in options.split])
+    # workers change no byte, and the files that the lists name are the input
+    settings = {key: value for key, value in asdict(options).items() if key not in ("workers", "split")}
     arguments = {"kind": "raw shards", "format": FORMAT, "input": fingerprint(sources), **settings}
     if (receipt := finished(out, arguments)) is not None:
         return receipt

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from data_pipelines import ucf101
 from data_pipelines.clips import read_clip
 from data_pipelines.decode import DecodeError, choose_decoder
 from data_pipelines.probe import Rejected, probe
 from data_pipelines.sampling import Start
 from data_pipelines.sources import Source, find_sources, fingerprint
-from evaluation import ucf101
 from evaluation.fvd import I3D, LEAST_FRAMES, FeatureStatistics, frechet_video_distance, i3d_file
 from evaluation.round_trip import round_trip
 from tokenizer import VideoTokenizer

@@ -154,6 +154,16 @@ def test_folder_layouts(corpus, tmp_path):
         ("Archery/v_Archery_g01_c02.avi", "Archery", 0, "mpeg4"),
         ("YoYo/v_YoYo_g01_c01.avi", "YoYo", 1, "mpeg4"),
     ]
+    (tmp_path / "testlist01.txt").write_text("YoYo/v_YoYo_g01_c01.avi\n")
+    split = ShardsConfig(split=(str(tmp_path / "testlist01.txt"),))
+    receipt = write_shards(tmp_path / "ucf", tmp_path / "test", split)
+    assert receipt["clips"] == 1 and receipt["classes"] == ["Archery", "YoYo"]
+    assert ShardFolder(tmp_path / "test")[0]["class_id"] == 1
+    with pytest.raises(UserError, match="was written with other arguments"):
+        write_shards(tmp_path / "ucf", tmp_path / "out", split)
+    (tmp_path / "testlist01.txt").write_text("YoYo/v_YoYo_g09_c01.avi\n")
+    with pytest.raises(UserError, match="1 of the 1 videos of testlist01.txt are not there"):
+        write_shards(tmp_path / "ucf", tmp_path / "other", split)
 
 
 def test_input_that_cannot_be_used(corpus, tmp_path):

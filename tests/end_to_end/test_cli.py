@@ -12,7 +12,8 @@ from tokenizer.video_file import write_video
 
 HOUSE = Path(__file__).resolve().parents[2]
 VERBS = [
-    ["corpus"], ["shards"], ["tokenizer", "train"], ["tokenizer", "inflate"], ["tokenizer", "reconstruct"], ["encode"], ["pretrain"], ["plan"],
+    ["corpus"], ["shards"], ["tokenizer", "train"], ["tokenizer", "inflate"], ["tokenizer", "reconstruct"], ["encode"],
+    ["pretrain"], ["plan"],
     ["export"], ["generate"], ["info"], ["evaluate", "shapes"], ["evaluate", "reconstruction"], ["evaluate", "fvd"],
     ["evaluate", "vbench"], ["demo"], ["report"],
 ]  # fmt: skip
