@@ -118,6 +118,7 @@ def table() -> str:
         "optimizer",
         "activations",
         "at work",
+        "communication",
         "together (GiB)",
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -132,7 +133,8 @@ def table() -> str:
 
 
 def _gigabytes(memory: Memory) -> list[str]:
-    parts = (memory.parameters + memory.gradients, memory.optimizer, memory.activations, memory.working, memory.total)
+    states = (memory.parameters + memory.gradients, memory.optimizer)
+    parts = (*states, memory.activations, memory.working, memory.communication, memory.total)
     return [f"{part / 2**30:.1f}" for part in parts]
 
 

@@ -10,6 +10,7 @@ from benchmarks.memory import SMALL
 from parallel.memory import parameters
 from parallel.setup import ParallelConfig, destroy, initialize
 from parallel.train_step import build_model
+from tests.parallel.matrix import leave_layout
 
 LAYOUTS = (
     ParallelConfig(tensor_parallel_size=2),
@@ -27,6 +28,7 @@ if __name__ == "__main__":
         gathered = [None] * info.world_size
         dist.all_gather_object(gathered, both)
         found.append(gathered)
-        destroy()
+        leave_layout()
     if info.rank == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
+    destroy()
