@@ -41,7 +41,7 @@ from benchmarks.training import Training, clips, network
 from inference.config import ModelConfig
 from inference.model import VideoARTransformer
 from parallel.attention import AttentionContext
-from parallel.context import visible_keys
+from parallel.flops import model_flops, published_peak
 from parallel.frame_attention import Visibility
 from parallel.saving import Saver
 from parallel.setup import ParallelConfig, ProcessInfo, destroy, initialize
@@ -56,8 +56,6 @@ WIDE = ModelConfig(
     max_text_length=16,
 )  # fmt: skip
 MATMUL = 2048
-PEAK_BFLOAT16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-"""FLOP/s of dense matrix products, as NVIDIA publishes them."""
 
 
 def main() -> None:
@@ -110,21 +108,11 @@ def against_matmul(parallel: ParallelConfig, info: ProcessInfo, repeat: int) -> 
     ours, plain, matmul = by_turns(steps, repeat)
     rate = 2 * MATMUL**3 / matmul
     return {
-        "gemm_fraction": round(model_flops(WIDE, layout, batch.text_lengths) / ours / rate, 3),
+        "gemm_fraction": round(float(model_flops(WIDE, layout, batch.text_lengths)) / ours / rate, 3),
         "overhead_vs_reference": round(ours / plain, 3),
         "step_seconds": round(ours, 3),
         "matmul_gflops_per_second": round(rate / 1e9, 1),
     }
-
-
-def model_flops(config: ModelConfig, layout: SequenceLayout, text_lengths: torch.Tensor) -> float:
-    """Of a training step, by the formula above; clips differ in their texts only."""
-    width = config.hidden_size
-    matrices = config.num_layers * (4 * width**2 + 3 * width * config.feed_forward_size)
-    video = layout.video_tokens * 2 * width * config.bits  # in and out
-    pairs = int(visible_keys(layout, text_lengths, None, config.window).sum())
-    tokens = len(text_lengths) * layout.length
-    return 3.0 * (2 * matrices * tokens + 2 * len(text_lengths) * video + 4 * width * pairs * config.num_layers)
 
 
 def attention_work() -> float:
@@ -177,9 +165,9 @@ def save_stall(info: ProcessInfo) -> dict[str, float]:
 def on_gpu(repeat: int) -> dict[str, float]:
     """L on one GPU, and the two attention kernels."""
     name = torch.cuda.get_device_name()
-    peak = next((flops for gpu, flops in PEAK_BFLOAT16.items() if gpu in name), None)
+    peak = published_peak(name)
     if peak is None:
-        raise UserError(f"the peak of '{name}' is not known: add it to PEAK_BFLOAT16 in benchmarks/train_step.py.")
+        raise UserError(f"the peak of '{name}' is not known: add it to PEAKS in parallel/flops.py.")
     config = network("ucf101-l", ScaleSchedule.for_grid(16, 16, 10), 5)
     times = {}
     for fp8 in ("none", "delayed"):
@@ -188,7 +176,7 @@ def on_gpu(repeat: int) -> dict[str, float]:
         batch = clips(config, 8, config.layout(multiple=parallel.sequence_multiple)).to("cuda")
         (times[fp8],) = by_turns([Training(config, parallel, info, [batch]).step], repeat, "cuda")
         destroy()
-    flops = model_flops(config, config.layout(), torch.ones(8, dtype=torch.long))
+    flops = float(model_flops(config, config.layout(), torch.ones(8, dtype=torch.long)))
     query = torch.randn(1, 32, 1024, 80, device="cuda", dtype=torch.bfloat16)
     key = torch.randn(1, 32, 8192, 80, device="cuda", dtype=torch.bfloat16)
     flex = torch.compile(flex_attention, dynamic=False)

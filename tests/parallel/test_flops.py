@@ -1,0 +1,51 @@
+"""Model FLOPs against torch's own counter of what the plain network does, and against the mask's visible pairs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from inference.config import ModelConfig
+from inference.model import VideoARTransformer
+from parallel.flops import device_peak, model_flops, published_peak
+
+CONFIG = ModelConfig(
+    num_layers=2, hidden_size=32, num_attention_heads=2, scales=((1, 1), (2, 2)), num_frames=3, bits=8, num_classes=4
+)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("context_block", [False, True])
+def test_model_flops_are_those_that_torch_counts_with_the_hidden_pairs_taken_out(context_block: bool) -> None:
+    config = replace(CONFIG, context_block=context_block, window=2)
+    layout, lengths = config.layout(), torch.ones(5, dtype=torch.long)
+    model = VideoARTransformer(config).eval()
+    inputs = torch.randn(5, layout.video_tokens, config.bits)
+    with FlopCounterMode(display=False) as counter:
+        model(inputs, layout, torch.zeros(5, dtype=torch.long), lengths)
+    counts = counter.get_flop_counts()["Global"]
+    matrices = sum(flops for name, flops in counts.items() if str(name).rsplit(".")[-1] in ("mm", "addmm", "bmm"))
+    visible = int(layout.attention_mask(lengths, None, config.window).sum())
+    attention = 4 * config.hidden_size * config.num_layers * visible
+    assert float(model_flops(config, layout, lengths)) == 3 * (matrices + attention)
+
+
+def test_hidden_frames_and_padding_cost_nothing() -> None:
+    lengths, frames = torch.tensor([1, 1]), torch.zeros(2, 3, 3, dtype=torch.bool)
+    layout = CONFIG.layout()
+    whole, hidden = (float(model_flops(CONFIG, layout, lengths, mask)) for mask in (None, frames))
+    pairs = int(layout.attention_mask(lengths).sum() - layout.attention_mask(lengths, frames).sum())
+    assert pairs > 0 and whole - hidden == 3 * 4 * CONFIG.hidden_size * CONFIG.num_layers * pairs
+    assert float(model_flops(CONFIG, CONFIG.layout(multiple=16), lengths)) == whole
+
+
+def test_the_peak_is_configured_published_or_measured() -> None:
+    assert published_peak("NVIDIA H100 80GB HBM3") == 989e12 and published_peak("NVIDIA A100-SXM4-40GB") == 312e12
+    assert published_peak("NVIDIA H100 PCIe") == 756e12 and published_peak("Some GPU") is None
+    cpu = torch.device("cpu")
+    assert device_peak(cpu, torch.float32, 5e9) == (5e9, "configured")
+    rate, source = device_peak(cpu, torch.float32)
+    assert source == "measured" and rate > 1e8
