@@ -91,6 +91,14 @@ def plan(args: argparse.Namespace, words: list[str]) -> None:
     print(json.dumps(made, indent=1) if args.json else text(made), end="")
 
 
+def samples(args: argparse.Namespace, words: list[str]) -> None:
+    from pretrain.watching.sampler import yield_to_training
+    from pretrain.watching.samples import make_samples
+
+    yield_to_training()
+    print(make_samples(args.run, args.checkpoint, words))
+
+
 def _stopped(verb: str) -> None:
     print(f"videoar {verb}: stopped by a signal and saved; the same command goes on from there", file=sys.stderr)
     sys.exit(3)  # a chain of commands must not take it for finished
@@ -231,6 +239,18 @@ def report(args: argparse.Namespace, _: list[str]) -> None:
     from evaluation.report import write_report
 
     print(write_report(args.run))
+
+
+def status(args: argparse.Namespace, _: list[str]) -> None:
+    if args.html is not None:
+        from evaluation.run_page import write_page
+
+        print(write_page(args.run, args.html))
+        return
+    from evaluation.run_status import run_status, status_text
+
+    found = run_status(args.run)
+    print(json.dumps(found, indent=2) if args.json else status_text(found), end="\n" if args.json else "")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -379,9 +399,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="all numbers as JSON")
 
     command = add(
+        verbs, "status", status, "how a pretraining run is doing: alive or not, how far, how fast, how good, and what has happened to it"
+    )  # fmt: skip
+    command.add_argument("run", type=Path, metavar="RUN", help="the folder `out` of a run, which may be going on")
+    command.add_argument("--json", action="store_true", help="for programs")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write a page with curves and samples instead")
+
+    command = add(
         verbs, "export", export, "turn a training checkpoint into config.json, model.safetensors and a model card"
     )
-    _folder(command, "--checkpoint", "a checkpoint, or the folder that holds them (then the newest complete one)")
+    _folder(
+        command,
+        "--checkpoint",
+        "a checkpoint, the folder that holds them or its run (then the newest complete one), or RUN/best",
+    )
     command.add_argument(
         "--tokenizer", type=Path, help="the tokenizer of the codes (default: the one the run was trained with)"
     )
@@ -436,6 +467,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=int, default=16, help="videos at once (default: %(default)s)")
     command.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
     _speed(command)
+
+    command = add(
+        verbs, "samples", samples, "make and score videos of a checkpoint while its run goes on, as `samples.every` does by itself",
+        "pretrain.watching.config:SamplesConfig",
+    )  # fmt: skip
+    _folder(command, "--run", "the folder of a pretraining run; the sets are in its folder samples")
+    command.add_argument("--checkpoint", metavar="NAME", help="such as step-4000, or best (default: the newest one)")
 
     command = add(verbs, "info", info, "print what a generated video says about itself: model, prompt, seed, guidance")
     command.add_argument("file", type=Path, help="an .mp4, .gif or .png, or a folder of frames")

@@ -77,11 +77,12 @@ class RunFolder:
         file = self.path / name
         if not file.is_file():
             return []
-        return list(_whole_lines(file))
+        return list(whole_lines(file))
 
 
-def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
-    for line in file.read_text().splitlines():
+def whole_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file of JSON lines; one that is still being written, or was cut short, is left out."""
+    for line in file.read_text(errors="replace").splitlines():
         try:
             yield json.loads(line)
         except ValueError:

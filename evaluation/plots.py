@@ -30,13 +30,27 @@ class Stage:
     last: int
 
 
+@dataclass(frozen=True)
+class Mark:
+    """Something that happened to a run.
+
+    Args:
+        step: where it stood.
+        harm: whether it cost something.
+    """
+
+    step: int
+    harm: bool
+
+
 def stages(lines: Lines) -> list[Stage]:
     """The stages in their order."""
     found: dict[str, Stage] = {}
     for line in lines:
         before = found.get(line["stage"])
         first = before.first if before else line["global_step"] - line["step"]
-        found[line["stage"]] = Stage(line["stage"], first, line["global_step"])
+        last = max(line["global_step"], before.last if before else 0)  # the line of a late score is of an earlier step
+        found[line["stage"]] = Stage(line["stage"], first, last)
     return list(found.values())
 
 
@@ -85,13 +99,18 @@ def tokenizer_plots(lines: Lines, spans: Sequence[Stage], held_out_psnr: float |
     return [loss, _svg(figure, "The tokenizer's PSNR by step")]
 
 
-def pretrain_plots(lines: Lines) -> list[str]:
-    """Loss and bit accuracy, and bit accuracy by scale and by latent frame, with the stages marked by their numbers."""
-    spans = [replace(stage, name=roman(number)) for number, stage in enumerate(stages(lines), 1)]
+def pretrain_plots(lines: Lines, marks: Sequence[Mark] = ()) -> list[str]:
+    """Loss and bit accuracy, and both by scale and by latent frame, with the stages marked by their numbers.
+
+    Args:
+        lines: of the run.
+        marks: what happened to it.
+    """
+    spans = _numbered(lines)
     plots = []
     for name, label, factor in (("loss", "loss a bit, nats", 1.0), ("bit_accuracy", "bits predicted right, %", 100.0)):
         figure, axes = _figure(label, "step")
-        _mark(axes, spans)
+        _mark(axes, spans, marks)
         steps, values = series(lines, "global_step", name)
         _curve(axes, steps, factor * values, COLOURS[0], "training")
         steps, values = series(lines, "global_step", f"validation/{name}")
@@ -102,18 +121,67 @@ def pretrain_plots(lines: Lines) -> list[str]:
         _finish(axes)
         plots.append(_svg(figure, f"{label}, by step"))
     for part, label in (("scale", "scale"), ("frame", "latent frame")):
-        prefix = f"bit_accuracy/{part}_"
-        numbers = sorted({int(key.removeprefix(prefix)) for line in lines for key in line if key.startswith(prefix)})
-        if not numbers:
-            continue
-        figure, axes = _figure(f"bits predicted right by {label}, %", "step")
-        _mark(axes, spans)
-        for index in numbers:
-            steps, values = series(lines, "global_step", f"{prefix}{index}")
-            _curve(axes, steps, 100 * values, COLOURS[index % len(COLOURS)], f"{label} {index}", faint=False)
-        _finish(axes, columns=2)
-        plots.append(_svg(figure, f"bits predicted right by {label} and step"))
+        for name, title, factor in (
+            ("bit_accuracy", "bits predicted right by {}, %", 100.0),
+            ("loss", "loss a bit by {}", 1.0),
+        ):
+            prefix = f"{name}/{part}_"
+            found = {int(key.removeprefix(prefix)) for line in lines for key in line if key.startswith(prefix)}
+            if not found:
+                continue
+            figure, axes = _figure(title.format(label), "step")
+            _mark(axes, spans, marks)
+            for index in sorted(found):
+                steps, values = series(lines, "global_step", f"{prefix}{index}")
+                _curve(axes, steps, factor * values, COLOURS[index % len(COLOURS)], f"{label} {index}", faint=False)
+            _finish(axes, columns=2)
+            plots.append(_svg(figure, f"{title.format(label)} and step"))
     return plots
+
+
+SPEEDS = (
+    ("lr", "learning rate", 1.0),
+    ("grad_norm", "gradient norm", 1.0),
+    ("tokens_per_second", "tokens a second", 1.0),
+    ("mfu", "model FLOPs utilisation, % of the peak", 100.0),
+    ("goodput", "goodput, % of the time since the first start", 100.0),
+    ("data_wait", "waiting for data, ms a step", 1000.0),
+    ("memory_gb", "memory, GB", 1.0),
+)
+"""What `speed_plots` draws: the entry, its title, and a factor."""
+
+
+def speed_plots(lines: Lines, marks: Sequence[Mark] = ()) -> list[str]:
+    """The optimizer's numbers, and those of speed, goodput and memory; arguments as for `pretrain_plots`."""
+    spans, plots = _numbered(lines), []
+    for index, (name, title, factor) in enumerate(SPEEDS):
+        steps, values = series(lines, "global_step", name)
+        if not len(steps):
+            continue
+        figure, axes = _figure(title, "step")
+        _mark(axes, spans, marks)
+        _curve(axes, steps, factor * values, COLOURS[index % len(COLOURS)], "", faint=name not in ("lr", "goodput"))
+        if name != "lr":
+            axes.set_ylim(bottom=0)
+        plots.append(_svg(figure, f"{title}, by step"))
+    return plots
+
+
+def score_plots(lines: Lines) -> list[str]:
+    """Scores of the samples made during the training, one picture a score."""
+    names = sorted({key for line in lines for key in line if key.startswith("samples/") and key != "samples/seconds"})
+    plots = []
+    for index, name in enumerate(names):
+        figure, axes = _figure(name.removeprefix("samples/"), "step")
+        _mark(axes, _numbered(lines))
+        steps, values = series(lines, "global_step", name)
+        axes.plot(steps, values, "o-", color=COLOURS[index % len(COLOURS)], markersize=3.5, linewidth=1.4)
+        plots.append(_svg(figure, f"{name}, by step"))
+    return plots
+
+
+def _numbered(lines: Lines) -> list[Stage]:
+    return [replace(stage, name=roman(number)) for number, stage in enumerate(stages(lines), 1)]
 
 
 def roman(number: int) -> str:
@@ -144,8 +212,11 @@ def _curve(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, label: str, fa
     axes.plot(x, running_mean(y, len(y) // 25), color=colour, linewidth=1.8, label=label or None)
 
 
-def _mark(axes: Axes, spans: Sequence[Stage]) -> None:
-    """Shades every other stage and writes the names above, below the title."""
+def _mark(axes: Axes, spans: Sequence[Stage], marks: Sequence[Mark] = ()) -> None:
+    """Shades every other stage and writes the names above, below the title; a line for each mark, dashed where it did harm."""
+    for mark in marks:
+        style, colour = ("--", "#dc2626") if mark.harm else (":", INK)
+        axes.axvline(mark.step, linestyle=style, color=colour, alpha=0.6, linewidth=0.9)
     for number, stage in enumerate(spans):
         if number % 2:
             axes.axvspan(stage.first, stage.last, color=INK, alpha=0.06, linewidth=0)

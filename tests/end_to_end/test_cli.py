@@ -15,7 +15,7 @@ VERBS = [
     ["corpus"], ["shards"], ["tokenizer", "train"], ["tokenizer", "inflate"], ["tokenizer", "reconstruct"], ["encode"],
     ["pretrain"], ["plan"],
     ["export"], ["generate"], ["info"], ["evaluate", "shapes"], ["evaluate", "reconstruction"], ["evaluate", "fvd"],
-    ["evaluate", "vbench"], ["demo"], ["report"],
+    ["evaluate", "vbench"], ["demo"], ["report"], ["status"], ["samples"],
 ]  # fmt: skip
 
 
