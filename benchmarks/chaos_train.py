@@ -16,7 +16,9 @@ from benchmarks.chaos_scene import Scene
 from benchmarks.kills import Life, content
 from parallel.checkpoint import latest
 
-VARYING = ("seconds", "tokens_per_second")
+VARYING = (
+    "seconds", "tokens_per_second", "time", "data_wait", "mfu", "memory_gb", "productive_seconds", "goodput",
+)  # fmt: skip
 """What of a line of metrics.jsonl is a matter of time."""
 
 
@@ -118,6 +120,7 @@ class TrainScene(Scene):
                 found.append(f"{name}: another order")
         if _numbers(out) != _numbers(whole):
             found.append("metrics.jsonl: other losses")
+        found += [f"{folder.name}: {problem}" for folder in (whole, out) if (problem := _lost_time(folder))]
         one, other = content(whole), content(out)
         found += [f"{name} is left over" for name in other.keys() - one.keys()]
         found += [f"{name} is missing" for name in one.keys() - other.keys()]
@@ -149,6 +152,13 @@ def _whole_lines(file: Path) -> list[str]:
 def _numbers(out: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in VARYING} for line in lines]
+
+
+def _lost_time(out: Path) -> str | None:
+    """What is wrong with the productive seconds: they are those of the steps that count, each once, whatever was killed."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    total, counted = sum(line["seconds"] for line in lines), lines[-1]["productive_seconds"]
+    return f"{counted} productive seconds of {total:.3f} in steps" if abs(total - counted) > 0.05 else None
 
 
 def _checkpoints(out: Path) -> list[tuple[bool, int]]:

@@ -91,6 +91,11 @@ class Saver:
         keep: how many checkpoints stay, the newest ones; None: all.
     """
 
+    spared: Callable[[], set[Path]] = staticmethod(set)  # type: ignore[assignment]
+    """On rank 0 it may be set to what names older checkpoints, resolved, that stay, too."""
+    completed: Callable[[Path], None] = staticmethod(lambda folder: None)  # type: ignore[assignment]
+    """On rank 0 it may be set to what is told of each complete checkpoint."""
+
     def __init__(self, directory: str | Path, keep: int | None = None):
         self.directory, self.keep = Path(directory), keep
         self._pending: _Pending | None = None
@@ -186,6 +191,7 @@ class Saver:
             self._complete(step, pending.strategy, list(written), {k: v for one in sums for k, v in one.items()})
 
         self._together(pending.step, complete_folder)
+        self.completed(self._final(pending.step))
         return self._final(pending.step)
 
     def _make_folder(self, step: int) -> None:
@@ -214,7 +220,8 @@ class Saver:
         aside = [self._put_aside(final)] if final.exists() else []
         temporary.rename(final)
         sync(self.directory)
-        aside += [self._put_aside(folder) for folder in (complete(self.directory)[: -self.keep] if self.keep else [])]
+        old, spared = complete(self.directory)[: -self.keep] if self.keep else [], self.spared()
+        aside += [self._put_aside(folder) for folder in old if folder.resolve() not in spared]
         # seconds on a network's disks
         self._removal = threading.Thread(target=_remove, args=(aside,), name="remove-old", daemon=True)
         self._removal.start()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from data_pipelines.code_stream import CodeBatch
 from inference.config import ModelConfig
+from parallel.flops import model_flops
 from parallel.setup import ParallelConfig, ProcessInfo
 from parallel.train_step import Microbatch, StepResult, forward_backward
 from pretrain.bitwise_loss import bitwise_loss
@@ -25,8 +27,9 @@ def batch_loss(
     info: ProcessInfo,
     training: bool,
     factor: float = 1.0,
-) -> tuple[StepResult, int]:
-    """Loss (and gradients, in training) of a global batch; and its number of predicted tokens.
+) -> tuple[StepResult, int, Tensor]:
+    """Loss (and gradients, in training) of a global batch; its number of predicted tokens; and its model FLOPs in a training step, as if
+    the other ranks' clips were like this rank's.
 
     Args:
         chunks: of `build_model`.
@@ -48,7 +51,9 @@ def batch_loss(
         return total if factor == 1 else total * factor, clips, report
 
     result = forward_backward(chunks, microbatches, loss, training)
-    return result, result.clips * batch.tokens.shape[1] * batch.tokens.shape[2]
+    flops = [model_flops(model, one.layout, one.text_lengths, one.frame_mask) for one in microbatches]
+    tokens = result.clips * batch.tokens.shape[1] * batch.tokens.shape[2]
+    return result, tokens, torch.stack(flops).sum() * info.data_parallel_size
 
 
 def microbatch(

@@ -42,7 +42,8 @@ def bitwise_loss(
 
     Returns:
         The sum of the clips' losses (to be divided by the clips of the global batch), the number of clips, and sums over clips
-        to report: "bit_accuracy" (share of right bits), the same by scale and by frame, and the unweighted loss by scale.
+        to report: "bit_accuracy" (share of right bits), the same by scale and by frame, and the unweighted loss by scale
+        and by frame.
     """
     frames, sizes = layout.num_frames, layout.schedule.split()
     weights = token_weights(layout, token_weight).to(logits.device, logits.dtype).view(frames, -1)
@@ -54,6 +55,7 @@ def bitwise_loss(
         report[f"loss/scale_{scale}"] = part_loss.mean()
     for frame in range(frames):
         report[f"bit_accuracy/frame_{frame}"] = right[frame].mean()
+        report[f"loss/frame_{frame}"] = by_token[frame].mean()
     return loss, torch.tensor(len(logits), device=logits.device), report
 
 

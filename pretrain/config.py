@@ -11,6 +11,7 @@ from pretrain.bitwise_loss import TokenWeight
 from pretrain.error_correction import ErrorCorrectionConfig
 from pretrain.expected import ExpectedClips, ExpectedCodes
 from pretrain.resilience import ResilienceConfig
+from pretrain.watching.config import SamplesConfig, WatchConfig
 from tokenizer.errors import UserError, check_each
 from tokenizer.metrics_log import WandbConfig
 
@@ -157,12 +158,12 @@ class PretrainConfig:
         tokenizer: the folder of the tokenizer that made the codes; codes of another one are refused.
         stages: in their order.
         from_export: a folder that `videoar export` wrote: a new run starts from its weights; null: from random ones.
-        network, optimizer, parallel, resilience, wandb: see their classes.
+        network, optimizer, parallel, resilience, wandb, watch, samples: see their classes.
         expected: of all codes, for `videoar plan` before they are there; see its class.
         seed: of weights, data order, flips, frame masks and condition dropout.
         checkpoint_every: steps between two checkpoints; the end of a stage and a signal save one, too.
         save_in_background: the training goes on while a checkpoint is written; a copy of the state is held meanwhile.
-        keep: the newest so many checkpoints stay.
+        keep: the newest so many checkpoints stay, and the best one (`watch.best_metric`).
         validate_every: steps between two validations, and one at the end of each stage; 0: none.
         validation_batches: global batches of a validation.
         log_every: steps between two lines of metrics.jsonl.
@@ -182,6 +183,8 @@ class PretrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
     expected: ExpectedCodes = field(default_factory=ExpectedCodes)
     seed: int = 0
     checkpoint_every: int = 500
@@ -230,5 +233,7 @@ class PretrainConfig:
             for stage in self.stages
         )
         start = None if self.from_export is None else join(self.from_export)
-        tokenizer = join(self.tokenizer)
-        return replace(self, root=".", out=join(self.out), tokenizer=tokenizer, from_export=start, stages=stages)
+        tokenizer, samples = join(self.tokenizer), self.samples.joined(join)
+        return replace(
+            self, root=".", out=join(self.out), tokenizer=tokenizer, from_export=start, stages=stages, samples=samples
+        )

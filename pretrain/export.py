@@ -23,12 +23,14 @@ from parallel.setup import ParallelConfig, destroy, initialize
 from parallel.train_step import build_model
 from pretrain.model_card import CARD, PICTURE, Sampling, write_card
 from pretrain.stages import read_tokenizer
+from pretrain.watching.best import best_checkpoint
 from tokenizer.errors import UserError
 from tokenizer.files import sync
 from tokenizer.receipts import temporary_folder
 
 TOLERANCE = 1e-4
 """Largest difference of logits between megatron's network and the exported one, in float32."""
+BEST = "best"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -48,7 +50,7 @@ def export(
     its own when it is whole; it replaces an earlier export, and nothing else.
 
     Args:
-        checkpoint: a `step-N` folder, or a folder of them, of which the newest complete one is taken.
+        checkpoint: a `step-N` folder; a run's folder, of which the newest complete one is taken; or RUN/best, the best one.
         out: the model's folder.
         tokenizer: the tokenizer's folder; None: the one that the run was trained with.
         verify: compares the network's logits with the trained one's, and what was stored with the network, bit for bit.
@@ -132,6 +134,13 @@ def _take_name(temporary: Path, out: Path) -> None:
 
 
 def _resolve(checkpoint: Path) -> Path:
+    if checkpoint.name == BEST and not checkpoint.exists():
+        best = best_checkpoint(checkpoint.parent)
+        if best is None:
+            raise UserError(
+                f"{checkpoint.parent} has no best checkpoint: name another, or its newest by naming the run alone."
+            )
+        return best
     for folder in (checkpoint, checkpoint / "checkpoints"):
         newest = checkpoints.latest(folder)
         if newest is not None:

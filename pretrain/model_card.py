@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -117,7 +117,9 @@ def _sample(
     if sampling.show == "auto" and model.parameter_count() > SMALL:
         return title + "None was made: the model is large. `videoar export --sample yes` makes one.\n"
     try:
-        prompt = sampling.prompt or _prompt(export, stages)
+        prompt = sampling.prompt or next(known_prompts(export, stages), None)
+        if prompt is None:
+            raise UserError("no caption is at hand to show: give one with --sample-prompt.")
         pipe = VideoARPipeline.from_pretrained(model_dir, device)
         guidance = "ucf" if model.num_classes else "t2v"
         pipe(prompt, guidance=guidance, seed=sampling.seed).save(model_dir / PICTURE)
@@ -128,17 +130,24 @@ def _sample(
     return f"{title}![{prompt}]({PICTURE})\n\n`{prompt}`, seed {sampling.seed}, guidance `{guidance}`, temperature 1.\n"
 
 
-def _prompt(export: Mapping[str, Any], stages: list[Any]) -> str:
-    """The first class, or the first caption of the last stage's validation or training clips."""
+def known_prompts(export: Mapping[str, Any], stages: Sequence[Any]) -> Iterator[str]:
+    """All classes, or the different captions of the last stage's validation or training clips.
+
+    Args:
+        export: of the checkpoint's `common`.
+        stages: the settings of those that were trained in, as dictionaries.
+    """
     if export.get("class_names"):
-        return export["class_names"][0]
-    last = stages[-1] if stages else {"validation": None, "codes": []}
+        yield from export["class_names"]
+        return
+    last, seen = stages[-1] if stages else {"validation": None, "codes": []}, {""}
     for folder in filter(None, (last["validation"], *(source["dir"] for source in last["codes"]))):
-        if (Path(folder) / MANIFEST).is_file():
-            caption = CodeDataset(folder, bucket=0)[0]["caption"]
-            if caption.strip():
-                return caption
-    raise UserError("no caption is at hand to show: give one with --sample-prompt.")
+        clips = CodeDataset(folder, bucket=0) if (Path(folder) / MANIFEST).is_file() else ()
+        for row in range(len(clips)):
+            caption = clips[row]["caption"].strip()
+            if caption not in seen:
+                seen.add(caption)
+                yield caption
 
 
 def _loading(model: ModelConfig) -> str:

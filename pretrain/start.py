@@ -29,6 +29,7 @@ class Position:
         batches: of the stage's data that are behind it: one a step, and those left out.
         skips: all batches of the run that are left out (`Skips.to_list`).
         spikes: the statistic that tells spikes (`Spikes.state_dict`).
+        productive_seconds: of these steps, on rank 0 (`watching.ledger`).
     """
 
     stage: int = 0
@@ -38,6 +39,7 @@ class Position:
     batches: int = 0
     skips: list[dict[str, Any]] = field(default_factory=list)
     spikes: dict[str, Any] = field(default_factory=dict)
+    productive_seconds: float = 0.0
 
     @classmethod
     def of(cls, common: dict[str, Any]) -> Position:

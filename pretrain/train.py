@@ -6,21 +6,19 @@ python -m torch.distributed.run --nproc-per-node 2 -m videoar pretrain --config 
 
 from __future__ import annotations
 
-import platform
 from contextlib import ExitStack
 from pathlib import Path
 
 from parallel.setup import ProcessInfo, destroy, initialize
 from pretrain.config import PretrainConfig
-from pretrain.events import write_event
 from pretrain.sample_log import SampleLog
 from pretrain.stages import make_plan
 from pretrain.start import Position
 from pretrain.trainer import Trainer
 from pretrain.watchdog import watch
-from tokenizer import settings
+from pretrain.watching.ledger import Ledger
+from pretrain.watching.watcher import Watcher
 from tokenizer.errors import UserError
-from tokenizer.metrics_log import MetricsLog
 from tokenizer.stop import stop_on_signals
 
 
@@ -44,19 +42,19 @@ def pretrain(config: PretrainConfig) -> Position:
     Raises:
         UserError: settings, codes, layout or checkpoint do not fit together, or the loss is not finite.
     """
+    ledger = Ledger()
     config = config.rooted()
+    config.samples.check_files()
     with stop_on_signals() as stop, ExitStack() as stack:
         plan = make_plan(config)
         info = initialize(config.parallel, config.seed)
         check_batches(config, info)
         out = Path(config.out)
         watchdog = stack.enter_context(watch(config.resilience, out, info))
-        trainer = Trainer(config, plan, info, stop, watchdog)
+        trainer = Trainer(config, plan, info, stop, watchdog, ledger)
         position = trainer.restore()
         if info.rank == 0:
-            settings.save(config, out / "config.yaml")
-            trainer.log = MetricsLog(out, position.global_step, config.wandb, settings.to_dict(config))
-            write_event(out, "start", position.global_step, world_size=info.world_size, host=platform.node())
+            trainer.watch_with(Watcher(config, plan, info, position.global_step, ledger))
         if config.log_samples and info.first_of_its_clips:
             rank, size = info.data_parallel_rank, info.data_parallel_size
             trainer.samples = SampleLog(out, rank, size, position.global_step)
@@ -66,12 +64,15 @@ def pretrain(config: PretrainConfig) -> Position:
                 if stop.stopping:
                     break
             trainer.saver.wait()
-            if info.rank == 0:
-                finished = position.stage == len(plan.stages)
-                write_event(out, "finished" if finished else "stopped", position.global_step)
+            if trainer.watcher is not None:
+                trainer.watcher.ended(position.stage == len(plan.stages), position.global_step, stop, watchdog)
+        except UserError as error:
+            if trainer.watcher is not None:
+                trainer.watcher.failed(str(error))
+            raise
         finally:
-            if trainer.log is not None:
-                trainer.log.close()
+            if trainer.watcher is not None:
+                trainer.watcher.close()
             if trainer.samples is not None:
                 trainer.samples.close()
     return position

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from data_pipelines.code_stream import CodeBatch, CodeStream
@@ -35,9 +36,10 @@ from pretrain.spikes import Spikes
 from pretrain.stages import Plan, StagePlan
 from pretrain.start import Position, check_same_run, exported_weights
 from pretrain.watchdog import Watchdog
+from pretrain.watching.ledger import Ledger
+from pretrain.watching.watcher import Watcher
 from tokenizer import settings
 from tokenizer.errors import UserError
-from tokenizer.metrics_log import MetricsLog
 from tokenizer.progress import Meter
 from tokenizer.stop import StopFlag
 
@@ -67,10 +69,14 @@ class Trainer:
         info: this process.
         stop: set by signals.
         watchdog: is told of all progress.
+        ledger: where its time goes.
     """
 
-    def __init__(self, config: PretrainConfig, plan: Plan, info: ProcessInfo, stop: StopFlag, watchdog: Watchdog):
-        self.config, self.plan, self.info, self.stop, self.watchdog = config, plan, info, stop, watchdog
+    def __init__(
+        self, config: PretrainConfig, plan: Plan, info: ProcessInfo, stop: StopFlag, watchdog: Watchdog, ledger: Ledger
+    ):
+        self.config, self.plan, self.info, self.stop = config, plan, info, stop
+        self.watchdog, self.ledger = watchdog, ledger
         optimizer, resilience = config.optimizer, config.resilience
         self.out = Path(config.out)
         self.checkpoints = self.out / "checkpoints"
@@ -89,7 +95,8 @@ class Trainer:
         dist.broadcast_object_list(events, src=0)
         self.history = events[0]
         self.faults = Faults(info.rank, self.out, self.history)
-        self.log: MetricsLog | None = None
+        self.watcher: Watcher | None = None
+        self.flops = torch.zeros(())  # model FLOPs of the newest global batch
         self.samples: SampleLog | None = None
 
     def restore(self) -> Position:
@@ -99,6 +106,11 @@ class Trainer:
         if self.newest is not None:
             return self._load(self.newest)
         return Position()
+
+    def watch_with(self, watcher: Watcher) -> None:
+        """On rank 0: everything is told to `watcher` from now on."""
+        self.watcher = watcher
+        self.saver.spared, self.saver.completed = watcher.spared, watcher.saved
 
     def run_stage(self, stage: StagePlan, position: Position) -> Position:
         """Trains from `position` to the stage's end, or until a stop is asked for; the returned position is saved.
@@ -110,41 +122,45 @@ class Trainer:
         if position.stream is not None:
             stream.load_state_dict(position.stream)
         self.spikes.load_state_dict(position.spikes)
-        step = position.step
+        step, productive = position.step, position.productive_seconds
         offset = position.global_step - step  # of the stages before
         label = f"pretrain {stage.config.name} ({stage.index + 1}/{len(self.plan.stages)})"
         with Meter(label, steps, done=step) if self.info.rank == 0 else nullcontext() as meter:
             while step < steps:
-                started = time.monotonic()
+                self.ledger.spend("other")
                 self.watchdog.beat("beginning a step", offset + step)
                 self.faults.strike(offset + step + 1)
                 batch = self._next_batch(stage, stream)
+                waited = self.ledger.spend("steps")
                 try:
                     values = self._step(stage, batch, step, offset + step)
                 except BadStep as bad:
+                    self.ledger.leave_out(waited + self.ledger.spend("steps"))
                     back = self._leave_out(stage, stream, bad, offset + step)
                     if back is not None:
                         stream.close()
                         return back
                     if self.stop.stopping:
-                        position = self._position(stage, step, offset + step, stream)
+                        position = self._position(stage, step, offset + step, stream, productive)
                         self._save(position, stage, last=True)
                         break
                     continue
+                seconds = waited + self.ledger.spend("steps")
+                productive += seconds
                 step += 1
+                if self.watcher is not None:
+                    self.watcher.stepped(offset + step, seconds, waited, values["tokens"], float(self.flops))
                 stopping, ends = self.stop.stopping, step == steps
                 if self.samples is not None:
                     self.samples.write(_head(stage, step, offset + step), stream.source_of(batch), batch)
                 self._poll()
-                values |= {"seconds": time.monotonic() - started}
-                values["tokens_per_second"] = values["tokens"] / values["seconds"]
                 if meter is not None:
                     meter.advance(1, f"loss {values['loss']:.4f}, bits {100 * values['bit_accuracy']:.1f}%")
-                if self.log is not None and (ends or stopping or step % config.log_every == 0):
-                    self.log.write(_head(stage, step, offset + step) | values)
+                if self.watcher is not None and (ends or stopping or step % config.log_every == 0):
+                    self.watcher.write(_head(stage, step, offset + step), values, productive)
                 if config.validate_every and (ends or step % config.validate_every == 0):
                     self._validate(stage, step, offset + step)
-                position = self._position(stage, step, offset + step, stream)
+                position = self._position(stage, step, offset + step, stream, productive)
                 if ends or stopping or step % config.checkpoint_every == 0:
                     self._save(position, stage, last=stopping or position.stage == len(self.plan.stages))
                 if stopping:
@@ -152,13 +168,14 @@ class Trainer:
         stream.close()
         return position
 
-    def _position(self, stage: StagePlan, step: int, global_step: int, stream: CodeStream) -> Position:
-        skips = self.skips.to_list()
+    def _position(
+        self, stage: StagePlan, step: int, global_step: int, stream: CodeStream, productive: float
+    ) -> Position:
+        common = {"skips": self.skips.to_list(), "productive_seconds": productive}
         if step == stage.config.steps:
-            return Position(stage.index + 1, 0, global_step, skips=skips)
-        return Position(
-            stage.index, step, global_step, stream.state_dict(), stream.step, skips, self.spikes.state_dict()
-        )
+            return Position(stage.index + 1, 0, global_step, **common)
+        spikes = self.spikes.state_dict()
+        return Position(stage.index, step, global_step, stream.state_dict(), stream.step, spikes=spikes, **common)
 
     def _next_batch(self, stage: StagePlan, stream: CodeStream) -> CodeBatch:
         """The next batch that is not left out."""
@@ -243,7 +260,7 @@ class Trainer:
         if newest is None:
             return None
         position = self._load(newest)
-        for each in (self.log, self.samples):
+        for each in (self.watcher, self.samples):
             if each is not None:
                 each.rewind(position.global_step)
         return position
@@ -272,6 +289,7 @@ class Trainer:
         stream = stage.validation_stream(self.config, self.info.data_parallel_rank, self.info.data_parallel_size)
         if stream is None:
             return
+        self.ledger.spend("other")
         whole = max(1, len(stream.datasets[0]) // stream.batch_sizes[0])
         count = min(self.config.validation_batches, whole)
         totals: dict[str, float] = {}
@@ -280,14 +298,17 @@ class Trainer:
                 result, _ = self._loss(stage, next(stream), training=False)
                 for name, value in {"loss": result.loss, **result.report}.items():
                     totals[name] = totals.get(name, 0.0) + value / count
-        if self.log is not None:
-            self.log.write(
-                _head(stage, step, global_step) | {f"validation/{name}": value for name, value in totals.items()}
-            )
+        if self.watcher is not None:
+            self.watcher.validated(_head(stage, step, global_step), totals)
+        self.ledger.spend("validation")
 
     def _loss(self, stage: StagePlan, batch: CodeBatch, training: bool, factor: float = 1.0) -> tuple[StepResult, int]:
         self.watchdog.beat("computing" if training else "validating")
-        return batch_loss(self.chunks, batch, stage, self.plan.model, self.config.parallel, self.info, training, factor)
+        model, parallel = self.plan.model, self.config.parallel
+        result, tokens, flops = batch_loss(self.chunks, batch, stage, model, parallel, self.info, training, factor)
+        if training:
+            self.flops = flops
+        return result, tokens
 
     def _save(self, position: Position, stage: StagePlan, last: bool = False) -> None:
         """Saves a position; one that can't be written is warned of, and the training goes on.
@@ -302,6 +323,7 @@ class Trainer:
             "tokenizer": self.plan.tokenizer,
             "config": settings.to_dict(self.config),
         }
+        self.ledger.spend("other")
         self.watchdog.beat("saving")
         self._finish_save()
         background = self.config.save_in_background and not last
@@ -309,6 +331,7 @@ class Trainer:
         for number in range(1, tries + 1):
             try:
                 self.saver.save(position.global_step, self.chunks, self.optimizer, common, self.ema, background)
+                self.ledger.spend("saving")
                 return
             except SaveError as error:
                 self._save_failed(error)
@@ -320,10 +343,12 @@ class Trainer:
 
     def _poll(self) -> None:
         """Completes the checkpoint that is being written, if it is written by now."""
+        self.ledger.spend("other")
         try:
             self.saver.poll()
         except SaveError as error:
             self._save_failed(error)
+        self.ledger.spend("saving")
 
     def _finish_save(self) -> None:
         """Waits for the checkpoint that is being written."""

@@ -16,4 +16,9 @@ def end_with_launcher() -> None:
     would write the same files beside them. Call it early: a launcher that is dead already can't be told from one that lives.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Linux: this process is killed when the one that started it ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -49,8 +49,13 @@ class MetricsLog:
         if wandb.mode != "disabled":
             self._run = _start_wandb(out, wandb, config)
 
-    def write(self, values: dict[str, Any]) -> None:
-        """Logs one line; `values` has the key that counts steps."""
+    def write(self, values: dict[str, Any], step: int | None = None) -> None:
+        """Logs one line; `values` has the key that counts steps.
+
+        Args:
+            values: the line.
+            step: where Weights & Biases, which never goes back, shows what comes late; None: at the line's own step.
+        """
         try:
             self._out.write(json.dumps(values) + "\n")
             self._out.flush()
@@ -59,7 +64,7 @@ class MetricsLog:
                 f"{self.file} can't be written ({error.strerror}): its lines come later.", file=sys.stderr, flush=True
             )
         if self._run is not None:
-            self._run.log(values, step=values[self.key])
+            self._run.log(values, step=values[self.key] if step is None else step)
 
     def picture(self, name: str, file: Path, step: int) -> None:
         """Shows a picture that lies in the run's folder in Weights & Biases, too."""
@@ -73,6 +78,13 @@ class MetricsLog:
         _close(self._out, self.file)
         drop_after(self.file, finished, self.key)
         self._out = self.file.open("a")
+
+    def video(self, name: str, file: Path, step: int) -> None:
+        """Shows an .mp4 that lies in the run's folder in Weights & Biases, too."""
+        if self._run is not None:
+            import wandb as client
+
+            self._run.log({name: client.Video(str(file), format="mp4")}, step=step)
 
     def close(self) -> None:
         """Ends the log."""

@@ -24,7 +24,7 @@ def write_video(
 
     Args:
         frames: uint8 [T, H, W, 3], RGB.
-        file: .mp4 (H.264), .gif, or .png (one frame, or all side by side).
+        file: .mp4 (H.264), .gif, .webp (animated, lossless), or .png (one frame, or all side by side).
         fps: frames a second.
         crf: quality of H.264, 0 (lossless) to 51; 12 is visually lossless.
         metadata: JSON values to embed, for `tokenizer.video_metadata.read_metadata`.
@@ -33,7 +33,7 @@ def write_video(
         UserError: another kind of file, or sides that H.264 can't hold.
     """
     file = Path(file)
-    writers = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png}
+    writers = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png, ".webp": _write_webp}
     if file.suffix.lower() not in writers:
         raise UserError(f"{file} is no kind of file that videos are written to: use {', '.join(writers)}.")
     text = None if metadata is None else to_text(metadata)
@@ -93,6 +93,14 @@ def _write_gif(frames: np.ndarray, file: Path, fps: float, _: int, text: str | N
     if text is not None:
         images[0].info["comment"] = text.encode("ascii")
     images[0].save(file, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
+
+
+def _write_webp(frames: np.ndarray, file: Path, fps: float, _: int, text: str | None) -> None:
+    images = [Image.fromarray(pixels) for pixels in frames]
+    options: dict[str, Any] = {"duration": round(1000 / fps), "loop": 0, "lossless": True}
+    if text is not None:
+        options["xmp"] = text.encode("ascii")
+    images[0].save(file, save_all=True, append_images=images[1:], **options)
 
 
 def _write_png(frames: np.ndarray, file: Path, _: float, __: int, text: str | None) -> None:

@@ -30,7 +30,7 @@ def read_metadata(file: str | Path) -> dict[str, Any]:
     """What `tokenizer.video_file.write_video` embedded.
 
     Args:
-        file: an .mp4, .gif or .png, or a folder of frames.
+        file: an .mp4, .gif, .webp or .png, or a folder of frames.
 
     Raises:
         UserError: the file is missing or unreadable, or holds no such metadata.
@@ -60,7 +60,7 @@ def _stored(file: Path) -> str | None:
             with av.open(str(file)) as container:
                 return container.metadata.get("comment")
         with Image.open(file) as image:
-            text = image.info.get("comment" if image.format == "GIF" else KEY)
+            text = image.info.get({"GIF": "comment", "WEBP": "xmp"}.get(image.format or "", KEY))
             return text.decode("ascii", "replace") if isinstance(text, bytes) else text
     except (av.FFmpegError, OSError, ValueError, SyntaxError) as error:
         reason = " ".join(str(error).split())[:200]

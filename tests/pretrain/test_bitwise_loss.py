@@ -56,6 +56,8 @@ def test_loss_equals_naive_loops(kind, context_block: bool) -> None:
             / SCHEDULE.tokens_per_frame
         )
         assert by_scale == pytest.approx(expected, rel=1e-5)
+        by_frame = sum(float(report[f"loss/frame_{t}"]) for t in range(FRAMES)) / FRAMES
+        assert by_frame == pytest.approx(expected, rel=1e-5)
 
 
 def test_loss_is_a_sum_over_clips_and_gives_context_rows_no_gradient() -> None:
