@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import yaml
 
+from evaluation.json_lines import whole_lines
 from evaluation.shapes import ATTRIBUTES
 from tokenizer.errors import UserError
 
@@ -78,15 +79,6 @@ class RunFolder:
         if not file.is_file():
             return []
         return list(whole_lines(file))
-
-
-def whole_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file of JSON lines; one that is still being written, or was cut short, is left out."""
-    for line in file.read_text(errors="replace").splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue
 
 
 @dataclass(frozen=True)

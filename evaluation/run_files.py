@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.metrics import whole_lines
+from evaluation.json_lines import whole_lines
 from tokenizer.errors import UserError
 
 SIGNS = ("events.jsonl", "heartbeats", "run.json")

@@ -21,7 +21,7 @@ from tokenizer.errors import UserError
 from tokenizer.files import write_whole
 
 TEMPLATE = Path(__file__).with_name("report.html")
-QUIET = ("saved", "finished")
+QUIET = ("saved", "finished", "fault_injected", "samples_left_out")
 """Events that the curves do not mark."""
 HARMLESS = ("start", "stopped")
 CLIPS, EARLIER, EVENTS = 16, 4, 200
@@ -129,7 +129,7 @@ def _samples(run: PretrainRun) -> Section:
     shown = [earlier[i * (len(earlier) - 1) // max(count - 1, 1)] for i in range(count)]
     if shown:
         before = "".join(_clip(one.folder / "contact.mp4", f"step {one.global_step:,}", side=0) for one in shown)
-        body += f'<h3>Earlier</h3><div class="grid samples">{before}</div>'
+        body += f'<h3>Earlier</h3><div class="grid pairs" style="max-width: 860px">{before}</div>'
     return section("samples", "Samples", body)
 
 

@@ -88,7 +88,7 @@ def status_text(status: dict[str, Any]) -> str:
         )
     if status["samples"] is not None:
         scores = ", ".join(f"{name} {value:.3f}" for name, value in status["samples"]["scores"].items())
-        rows.append(("samples", f"{status['samples']['folder']}{': ' + scores if scores else ''}"))
+        rows.append(("samples", f"{Path(status['samples']['folder']).name}{': ' + scores if scores else ''}"))
     rows += [("events" if i == 0 else "", event_text(event)) for i, event in enumerate(status["events"])]
     return "".join(f"{name:<12}{text}\n" if i else f"{text}\n" for i, (name, text) in enumerate(rows))
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +94,11 @@ class Watcher:
         """A checkpoint is complete."""
         step = _step_of(checkpoint)
         write_event(self.out, "saved", step)
-        if line := self._lines.get(step):
-            self.best.consider(checkpoint, line)
+        with _tolerant(self.out):
+            if line := self._lines.get(step):
+                self.best.consider(checkpoint, line)
+            self._sample(checkpoint)
         self._lines = {number: line for number, line in self._lines.items() if number > step}
-        self._sample(checkpoint)
 
     def spared(self) -> set[Path]:
         """Checkpoints that must stay though they are old: the best one, and the one that is being sampled."""
@@ -109,7 +113,8 @@ class Watcher:
         done, problem = ended
         if problem is not None:
             write_event(self.out, "samples_failed", done, reason=problem)
-        self._log_samples()
+        with _tolerant(self.out):
+            self._log_samples()
 
     def rewind(self, finished: int) -> None:
         """The run has gone back to a checkpoint of so many global steps: what came after it has not happened."""
@@ -129,6 +134,8 @@ class Watcher:
         if newest is not None:
             self._sample(newest)  # one was in its way when it was due
             self._wait_for_samples(step, stop, watchdog)
+        with _tolerant(self.out):
+            self._log_samples()  # of those, too, that somebody else has made
 
     def _wait_for_samples(self, step: int, stop: StopFlag, watchdog: Watchdog) -> None:
         while self.sampler.checkpoint is not None and not stop.requested:
@@ -207,6 +214,15 @@ class Watcher:
         self._log_samples()
         if whole:
             self._sample(whole[max(whole)])
+
+
+@contextmanager
+def _tolerant(out: Path) -> Iterator[None]:
+    """A full disk while this is done must not end a training, least of all on rank 0 alone; the next start catches up."""
+    try:
+        yield
+    except OSError as error:
+        print(f"WARNING: best checkpoint or samples of {out}: {error}", file=sys.stderr, flush=True)
 
 
 def _step_of(checkpoint: Path) -> int:
