@@ -104,6 +104,25 @@ def _stopped(verb: str) -> None:
     sys.exit(3)  # a chain of commands must not take it for finished
 
 
+def submit(args: argparse.Namespace, words: list[str]) -> None:
+    from cluster import slurm
+    from cluster.slurm_config import DESCRIPTION, SlurmConfig
+
+    job = settings.load(SlurmConfig, args.job or DESCRIPTION, words)
+    if args.command == "encode":
+        from data_pipelines.submission import encode_work
+
+        if args.stages:
+            raise UserError("--stages makes a job of each stage of a training: leave it out for an encoding.")
+        chain = [encode_work(args.config, args.given, job, write=not args.dry_run)]
+    else:
+        from pretrain.submission import pretrain_work
+
+        chain = pretrain_work(args.config, args.given, job, args.stages, write=not args.dry_run)
+    for number in slurm.submit(job, chain, args.dry_run):
+        print(number)
+
+
 def export(args: argparse.Namespace, _: list[str]) -> None:
     from inference.weight_files import parse_size
     from pretrain.export import export as run
@@ -259,12 +278,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def add(group, name: str, handler: Handler, text: str, config: str | None = None) -> argparse.ArgumentParser:
+    def add(
+        group, name: str, handler: Handler, text: str, config: str | None = None, config_help: str = "YAML file with settings"
+    ) -> argparse.ArgumentParser:
         command = group.add_parser(name, allow_abbrev=False, help=text, description=text[0].upper() + text[1:] + ".")
         command.formatter_class = argparse.RawDescriptionHelpFormatter
         command.set_defaults(handler=handler, settings_class=config)
         if config:
-            command.add_argument("--config", type=Path, help="YAML file with settings")
+            command.add_argument("--config", type=Path, help=config_help)
             command.add_argument(
                 "--help-settings", action=_HelpSettings, const=config, help="list every setting and its default"
             )
@@ -404,6 +425,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run", type=Path, metavar="RUN", help="the folder `out` of a run, which may be going on")
     command.add_argument("--json", action="store_true", help="for programs")
     command.add_argument("--html", type=Path, metavar="FILE", help="write a page with curves and samples instead")
+
+    command = add(
+        verbs, "submit", submit, "run a training or an encoding as a SLURM job, which survives time limits, preemption and lost nodes",
+        "cluster.slurm_config:SlurmConfig", config_help="settings of the command that runs (it is what `--config` is to it)",
+    )  # fmt: skip
+    command.add_argument("--command", choices=("pretrain", "encode"), default="pretrain", help="(default: %(default)s)")
+    command.add_argument("--job", type=Path, metavar="FILE", help="the booking (default: cluster/jobs/slurm.yaml)")
+    command.add_argument("--stages", action="store_true", help="a job a stage, each after the one before")
+    command.add_argument("--dry-run", action="store_true", help="print the scripts, write and submit nothing")
+    command.usage = "videoar submit --config FILE [--nodes N ...] [-- --SETTING VALUE of the command that runs ...]"
 
     command = add(
         verbs, "export", export, "turn a training checkpoint into config.json, model.safetensors and a model card"
@@ -620,7 +651,9 @@ def main(words: list[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else words
     end_with_launcher()
     parser = _parser()
-    args, rest = parser.parse_known_args(words)
+    split = words.index("--") if words[:1] == ["submit"] and "--" in words else len(words)
+    args, rest = parser.parse_known_args(words[:split])
+    args.given = words[split + 1 :]  # for the command that `submit` starts
     if rest and not args.settings_class:
         parser.error(f"unknown words: {' '.join(rest)}; see videoar {args.verb} --help")
     try:

@@ -114,7 +114,7 @@ class ProcessInfo:
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> None:
     """Raises UserError, with the nearest sizes that work, if the network does not divide over the processes."""
-    _check_processes(parallel, world_size)
+    check_processes(parallel, world_size)
     tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     for what, value, size, name in (
         ("num_attention_heads", model.num_attention_heads, tensor, "tensor_parallel_size"),
@@ -141,7 +141,8 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, world_size: int) 
         )
 
 
-def _check_processes(parallel: ParallelConfig, world_size: int) -> None:
+def check_processes(parallel: ParallelConfig, world_size: int) -> None:
+    """Raises UserError, with the nearest numbers that work, if so many processes do not divide by the layout."""
     tensor, pipeline, context = (
         parallel.tensor_parallel_size,
         parallel.pipeline_parallel_size,
@@ -199,7 +200,7 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 30.
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     world_size = dist.get_world_size()
     try:
-        _check_processes(parallel, world_size)
+        check_processes(parallel, world_size)
     except UserError:
         dist.destroy_process_group()
         raise

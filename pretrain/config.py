@@ -157,6 +157,7 @@ class PretrainConfig:
         out: the folder for checkpoints, metrics.jsonl and config.yaml; a run in the same folder goes on.
         tokenizer: the folder of the tokenizer that made the codes; codes of another one are refused.
         stages: in their order.
+        last_stage: stop after the stage of this name, so that each stage can be a job of its own; null: go through all.
         from_export: a folder that `videoar export` wrote: a new run starts from its weights; null: from random ones.
         network, optimizer, parallel, resilience, wandb, watch, samples: see their classes.
         expected: of all codes, for `videoar plan` before they are there; see its class.
@@ -177,6 +178,7 @@ class PretrainConfig:
     tokenizer: str
     stages: tuple[StageConfig, ...]
     root: str = "."
+    last_stage: str | None = None
     from_export: str | None = None
     network: NetworkConfig = field(default_factory=NetworkConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -213,6 +215,14 @@ class PretrainConfig:
             raise UserError(
                 "resilience.on_bad_step: skip leaves a bad batch's numbers in the history of FP8's delayed scales: choose rollback."
             )
+        names = [stage.name for stage in self.stages]
+        if self.last_stage is not None and self.last_stage not in names:
+            raise UserError(f"last_stage is '{self.last_stage}': choose one of the stages, {', '.join(names)}, or null.")
+
+    @property
+    def stages_to_go(self) -> int:
+        """How many stages the run goes through, from the first on."""
+        return len(self.stages) if self.last_stage is None else 1 + [s.name for s in self.stages].index(self.last_stage)
 
     def rooted(self) -> PretrainConfig:
         """The same run with every relative path joined to `root`; URLs stay."""

@@ -23,9 +23,9 @@ from tokenizer.stop import stop_on_signals
 
 
 def main_entry(config: PretrainConfig) -> bool:
-    """`videoar pretrain`: `pretrain`, then the process groups are left. Returns whether all stages are done."""
+    """`videoar pretrain`: `pretrain`, then the process groups are left. Returns whether all stages are done, or `last_stage`."""
     try:
-        return pretrain(config).stage == len(config.stages)
+        return pretrain(config).stage >= config.stages_to_go
     finally:
         destroy()
 
@@ -59,13 +59,13 @@ def pretrain(config: PretrainConfig) -> Position:
             rank, size = info.data_parallel_rank, info.data_parallel_size
             trainer.samples = SampleLog(out, rank, size, position.global_step)
         try:
-            while position.stage < len(plan.stages):
+            while position.stage < config.stages_to_go:
                 position = trainer.run_stage(plan.stages[position.stage], position)
                 if stop.stopping:
                     break
             trainer.saver.wait()
             if trainer.watcher is not None:
-                trainer.watcher.ended(position.stage == len(plan.stages), position.global_step, stop, watchdog)
+                trainer.watcher.ended(position.stage >= config.stages_to_go, position.global_step, stop, watchdog)
         except UserError as error:
             if trainer.watcher is not None:
                 trainer.watcher.failed(str(error))

@@ -1,0 +1,141 @@
+"""A tiny training on an emulated SLURM cluster of two nodes, which is preempted and loses nodes, and must end as an undisturbed one."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pretrain.events import read_events
+from tests.cluster.emulated_slurm import EmulatedSlurm
+from tests.pretrain.tiny import stage, write_run
+from videoar import main
+
+TIMES = ("seconds", "tokens_per_second")
+"""What of a line of metrics.jsonl is a matter of time."""
+BOOKING = {
+    "nodes": 2,
+    "gpus_per_node": 0,
+    "preflight": "node",
+    "env": {
+        "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    },
+}  # fmt: skip
+
+
+class SlurmScene:
+    """Runs of one training.
+
+    Args:
+        folder: for everything.
+        slurm: the cluster.
+        steps: of the training.
+        checkpoint_every: steps.
+    """
+
+    def __init__(self, folder: Path, slurm: EmulatedSlurm, steps: int, checkpoint_every: int):
+        self.folder, self.slurm, self.steps = folder, slurm, steps
+        folder.mkdir(parents=True, exist_ok=True)
+        self.job = folder / "job.yaml"
+        self.job.write_text(yaml.safe_dump(BOOKING))
+        self.settings = write_run(
+            folder, stages=[stage(folder / "codes", steps)], checkpoint_every=checkpoint_every, parallel={"deterministic": True}
+        )
+
+    def submit(self, name: str, *words: str, config: Path | None = None) -> list[str]:
+        """`videoar submit`; the jobs' numbers.
+
+        Args:
+            name: of the run's folder.
+            words: further words; after a "--" for the training.
+            config: other settings of the training.
+        """
+        split = words.index("--") if "--" in words else len(words)
+        run = ["--", "--out", str(self.folder / name), *words[split + 1 :]]
+        return self.videoar("--config", str(config or self.settings), *words[:split], *run).split()
+
+    def videoar(self, *words: str) -> str:
+        """`videoar submit` in this process; its standard output."""
+        out = io.StringIO()
+        with _environment(self.slurm.environment), contextlib.redirect_stdout(out):
+            status = main(["submit", "--job", str(self.job), *words])
+        if status:
+            raise RuntimeError(f"videoar submit ended with status {status}")
+        return out.getvalue()
+
+    def out(self, name: str) -> Path:
+        """A run's folder."""
+        return self.folder / name
+
+    def reached(self, name: str) -> int:
+        """Finished steps, by the last whole line of metrics.jsonl."""
+        lines = numbers(self.out(name))
+        return lines[-1]["global_step"] if lines else 0
+
+    def starts(self, name: str) -> list[dict[str, Any]]:
+        """The events of trainings that began."""
+        return [event for event in read_events(self.out(name)) if event["event"] == "start"]
+
+    def wait_for_step(self, job: str, name: str, step: int, starts: int, seconds: float = 240.0) -> bool:
+        """Waits until the training has begun so many times and reached a step; False if the job ended before."""
+        deadline = time.monotonic() + seconds
+        while len(self.starts(name)) < starts or self.reached(name) < step:
+            if self.slurm.job(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"):
+                return False
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{name} is at step {self.reached(name)}, start {len(self.starts(name))}: {self.log(name)[-3000:]}")
+            time.sleep(0.05)
+        return True
+
+    def log(self, name: str) -> str:
+        """All logs of a run's jobs."""
+        return "".join(file.read_text() for file in sorted(self.out(name).glob("slurm/*.log")))
+
+    def preempt(self, job: str, how: str) -> None:
+        """Takes a running job's nodes away, or tells it that its time is nearly over.
+
+        Args:
+            job: its number.
+            how: "limit" (the signal before the time limit), "requeue" (an administrator's), or "urgent" (a job of a higher partition).
+        """
+        if how == "limit":
+            self.slurm.run("scancel", "--batch", "--signal=USR1", job)
+        elif how == "requeue":
+            self.slurm.run("scontrol", "requeue", job)
+        else:
+            self.slurm.run("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+
+    def same(self, name: str, whole: str = "whole") -> list[str]:
+        """What of a run's numbers is not the undisturbed run's, to the last digit."""
+        one, other = numbers(self.out(whole)), numbers(self.out(name))
+        found = [] if len(one) == len(other) == self.steps else [f"{len(other)} lines instead of {len(one)}"]
+        return found + [f"{a} is {b}" for a, b in zip(one, other) if a != b][:3]
+
+
+def numbers(out: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without times; one that is being written is left out."""
+    lines = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in (out / "metrics.jsonl").read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append({name: value for name, value in json.loads(line).items() if name not in TIMES})
+    return lines
+
+
+@contextlib.contextmanager
+def _environment(wanted: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

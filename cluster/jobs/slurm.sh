@@ -1,0 +1,108 @@
+say() { echo "[$(date +%FT%T) job $SLURM_JOB_ID start $restart] $*"; }
+
+restart=${SLURM_RESTART_COUNT:-0}
+notes=$run/slurm
+head=$(scontrol -o show node "$SLURMD_NODENAME" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
+asked="" step=""
+
+# USR1 comes before the time limit: the steps get a TERM, save and end. TERM comes where SLURM takes the job away (scancel, preemption,
+# scontrol requeue): SLURM tells the steps itself, kills what is left some time later, and knows whether the job starts again.
+trap 'asked=limit; tell' USR1
+trap 'asked=taken' TERM
+tell() { [ -z "$step" ] || scancel --signal=TERM "$SLURM_JOB_ID"; }
+
+# Runs one of the steps below and waits for its end; a signal ends a wait early, so it waits again.
+follow() {
+  [ -z "$asked" ] || return 3
+  "$@" & step=$!
+  [ "$asked" != limit ] || tell
+  local status
+  wait "$step"
+  while kill -0 "$step" 2>/dev/null; do wait "$step"; done
+  wait "$step" 2>/dev/null; status=$? # bash remembers it
+  step=""
+  return "$status"
+}
+
+free_port() {
+  local port
+  while port=$((20000 + RANDOM % 12000)); (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do :; done
+  echo "$port"
+}
+
+field() { scontrol -o show job "$SLURM_JOB_ID" | grep -o " $1=[^ ]*" | head -n 1 | cut -d= -f2; }
+
+# Back into the queue, as the same job; leaves out the nodes named, with commas, and those left out before.
+requeue() {
+  trap '' TERM USR1
+  if [ "$(field JobState)" != RUNNING ]; then say "SLURM is taking the job away by itself"; exit 3; fi
+  scontrol requeue "$SLURM_JOB_ID" || { say "this cluster does not requeue: submit the job again, it goes on"; exit 3; }
+  if [ -n "${1:-}" ]; then
+    local before; before=$(field ExcNodeList)
+    [ "$before" = "(null)" ] && before=""
+    for _ in $(seq 100); do
+      scontrol update "jobid=$SLURM_JOB_ID" "ExcNodeList=${before:+$before,}$1" 2>/dev/null && break
+      sleep 0.1
+    done
+  fi
+  exit 3
+}
+
+# A start that failed: once more, unless it has failed too often without a new checkpoint in between.
+try_again() {
+  local status=$1 out=${2:-} newest failures=0 at=""
+  newest=$(ls -1 "$progress" 2>/dev/null | grep -E '^(step-)?[0-9]+$' | sort -V | tail -n 1)
+  { read -r failures at <"$notes/failures-$SLURM_JOB_ID"; } 2>/dev/null
+  [ "$at" = "${newest:-none}" ] || failures=0
+  failures=$((failures + 1))
+  echo "$failures ${newest:-none}" >"$notes/failures-$SLURM_JOB_ID"
+  if [ "$failures" -gt "$max_restarts" ]; then
+    say "status $status; it has failed $failures times since ${newest:-the beginning}: no further start"
+    exit "$status"
+  fi
+  say "status $status; failure $failures of at most $max_restarts since ${newest:-the beginning}: once more"
+  requeue "$out"
+}
+
+# What became of a step that did not end with 0.
+judge() {
+  local status=$1
+  case $status in
+    2) say "a setting must be mended first: no further start"; exit 2 ;;
+    3 | 138 | 143) # it was told to stop: saved, or had not begun
+      if [ "$asked" = taken ]; then say "SLURM took the job away"; exit 3; fi
+      say "stopped by a signal${asked:+ before the time limit} and saved: it goes on in its next turn"
+      requeue ;;
+  esac
+  if [ "$asked" = taken ]; then say "SLURM took the job away (status $status)"; exit "$status"; fi
+  try_again "$status"
+}
+
+# Which nodes have no line "$1 NODE" in the file $2, with commas.
+without() {
+  local node found=""
+  for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+    grep -qE "^$1 $node(\$| )" "$2" || found+="${found:+,}$node"
+  done
+  echo "$found"
+}
+
+# Before each start: finds sick nodes and starts again without them.
+inspect() {
+  local kind=$1 word=$2 file="$notes/$1-$SLURM_JOB_ID.txt" status bad
+  follow "$kind" >"$file" 2>&1; status=$?
+  cat "$file"
+  [ "$status" != 0 ] || return 0
+  case $status in 3 | 138 | 143) judge "$status" ;; esac
+  [ "$asked" != taken ] || judge "$status"
+  bad=$(without "$word" "$file")
+  if [ -z "$bad" ]; then say "the pre-flight check '$kind' failed and no node alone is to blame"; try_again "$status"; fi
+  if [ "$bad" = "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)" ] && [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
+    say "the pre-flight check '$kind' failed on all nodes: see above and mend it"; exit 1
+  fi
+  say "sick: $bad; it starts again without"
+  try_again "$status" "$bad"
+}
+
+mkdir -p "$notes"
+say "on $SLURM_JOB_NODELIST"
