@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs/demo
 
-.PHONY: setup demo test lint clean browser
+.PHONY: setup demo test lint clean browser slurm
 
 setup: .venv/.installed
 
@@ -38,8 +38,17 @@ browser:
 		$$( [ "$$(id -u)" = 0 ] || echo sudo ) apt-get -qq install -y --no-install-recommends chromium >/dev/null; } || \
 		echo "chromium can't be installed: the page's tests will be skipped" >&2; }
 
+# `videoar submit` is tested on a real SLURM with emulated nodes (30 MB); without one those tests are skipped and say so
+slurm:
+	@PATH="$$PATH:/usr/sbin" command -v slurmctld >/dev/null 2>&1 || { \
+		echo "installing SLURM"; \
+		{ $$( [ "$$(id -u)" = 0 ] || echo sudo ) apt-get -qq update && \
+		$$( [ "$$(id -u)" = 0 ] || echo sudo ) env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
+			slurmctld slurmd slurm-client munge >/dev/null; } || \
+		echo "SLURM can't be installed: the tests of videoar submit on it will be skipped" >&2; }
+
 # two workers with a thread each: the tests are made for 2 cores
-test: lint browser
+test: lint browser slurm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean:

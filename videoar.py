@@ -110,11 +110,13 @@ def submit(args: argparse.Namespace, words: list[str]) -> None:
 
     job = settings.load(SlurmConfig, args.job or DESCRIPTION, words)
     if args.command == "encode":
-        from data_pipelines.submission import encode_work
+        from cluster.slurm_encode import encode_work
+        from data_pipelines.encode import EncodeConfig
 
         if args.stages:
             raise UserError("--stages makes a job of each stage of a training: leave it out for an encoding.")
-        chain = [encode_work(args.config, args.given, job, write=not args.dry_run)]
+        config = settings.load(EncodeConfig, args.config, args.given)
+        chain = [encode_work(settings.to_dict(config), job, write=not args.dry_run)]
     else:
         from pretrain.submission import pretrain_work
 

@@ -6,8 +6,10 @@ import contextlib
 import io
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +41,18 @@ class SlurmScene:
         slurm: the cluster.
         steps: of the training.
         checkpoint_every: steps.
+        stages: of the training, so many steps together; None: one stage.
     """
 
-    def __init__(self, folder: Path, slurm: EmulatedSlurm, steps: int, checkpoint_every: int):
-        self.folder, self.slurm, self.steps = folder, slurm, steps
+    def __init__(
+        self, folder: Path, slurm: EmulatedSlurm, steps: int, checkpoint_every: int, stages: list[dict[str, Any]] | None = None
+    ):
+        self.folder, self.slurm, self.steps, self.checkpoint_every = folder, slurm, steps, checkpoint_every
         folder.mkdir(parents=True, exist_ok=True)
         self.job = folder / "job.yaml"
         self.job.write_text(yaml.safe_dump(BOOKING))
         self.settings = write_run(
-            folder, stages=[stage(folder / "codes", steps)], checkpoint_every=checkpoint_every, parallel={"deterministic": True}
+            folder, stages=stages or [stage(folder / "codes", steps)], checkpoint_every=checkpoint_every, parallel={"deterministic": True}
         )
 
     def submit(self, name: str, *words: str, config: Path | None = None) -> list[str]:
@@ -84,16 +89,44 @@ class SlurmScene:
         """The events of trainings that began."""
         return [event for event in read_events(self.out(name)) if event["event"] == "start"]
 
-    def wait_for_step(self, job: str, name: str, step: int, starts: int, seconds: float = 240.0) -> bool:
-        """Waits until the training has begun so many times and reached a step; False if the job ended before."""
+    def wait_for_step(self, job: str, name: str, step: int, since: float = 0.0, seconds: float = 500.0) -> bool:
+        """Waits until a training that has begun after some time reaches a step; False if the job ended before."""
         deadline = time.monotonic() + seconds
-        while len(self.starts(name)) < starts or self.reached(name) < step:
+        while not self._later(name, since) or self.reached(name) < step:
             if self.slurm.job(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"):
                 return False
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{name} is at step {self.reached(name)}, start {len(self.starts(name))}: {self.log(name)[-3000:]}")
             time.sleep(0.05)
         return True
+
+    def wait_for_start(self, name: str, since: float, seconds: float = 500.0) -> dict[str, Any]:
+        """Waits until the training has begun after some time; the event."""
+        deadline = time.monotonic() + seconds
+        while not (found := self._later(name, since)):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{name} has not begun again: {self.log(name)[-3000:]}")
+            time.sleep(0.05)
+        return found[0]
+
+    def wait_for_restart(self, job: str, number: int, seconds: float = 500.0) -> float:
+        """Waits for a job's restart; a time at which the start before has ended and the new one does not train yet."""
+
+        def runs(entry: dict[str, str]) -> bool:
+            return int(entry["Restarts"]) == number and entry["JobState"] == "RUNNING"
+
+        self.slurm.wait_for(job, runs, seconds)
+        return time.time()
+
+    def _later(self, name: str, since: float) -> list[dict[str, Any]]:
+        return [event for event in self.starts(name) if event["time"] > since]
+
+    def wait_for_line(self, name: str, step: int, seconds: float = 500.0) -> float:
+        """Waits for a step; the time at which its line was there, to a twentieth of a second."""
+        deadline = time.monotonic() + seconds
+        while self.reached(name) < step and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return time.time()
 
     def log(self, name: str) -> str:
         """All logs of a run's jobs."""
@@ -128,6 +161,12 @@ def numbers(out: Path) -> list[dict[str, Any]]:
             with contextlib.suppress(ValueError):
                 lines.append({name: value for name, value in json.loads(line).items() if name not in TIMES})
     return lines
+
+
+def begun(log: str, before: float) -> float:
+    """When the last start of a job before some time began, by its log; seconds since the epoch."""
+    times = [datetime.fromisoformat(text).timestamp() for text in re.findall(r"^\[(\S+) job \d+ start \d+\] on ", log, re.M)]
+    return max(start for start in times if start <= before)
 
 
 @contextlib.contextmanager

@@ -196,7 +196,7 @@ class _Steps:
             return driver
         return [
             shlex.quote(self.python), "-m", "cluster.ray_node", '--head="$head:$port"', '--nodes="$SLURM_JOB_NUM_NODES"',
-            "--", *driver, "--ray_address=auto",
+            '--notes="$notes"', "--", *driver, "--ray_address=auto",
         ]  # fmt: skip
 
 

@@ -56,6 +56,8 @@ class EncodeConfig:
         threads: CPU threads of an actor.
         device: "cpu" or "cuda" (one GPU an actor).
         ray_address: of a running cluster, such as "auto"; None: Ray inside this machine.
+        parts, part: encode only every `parts`-th raw shard, from number `part` (0 and up) on, beside other processes that encode the others,
+            as a job array's do; who finds all shards encoded makes the output whole.
     """
 
     shards: str
@@ -73,8 +75,12 @@ class EncodeConfig:
     device: str = "cpu"
     ray_address: str | None = None
     cache: str | None = None
+    parts: int = 1
+    part: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.part < self.parts:
+            raise UserError(f"part is {self.part} of {self.parts} parts: it must be from 0 to parts - 1.")
         if not self.sizes or len(set(self.sizes)) < len(self.sizes):
             raise UserError(f"the variants {self.variants} are empty or repeat themselves: name each size once.")
         for size in self.sizes:
@@ -113,7 +119,7 @@ def encode(config: EncodeConfig) -> list[EncodeSummary]:
     """Encodes all raw shards at all sizes, or what is left of that from an earlier run.
 
     Returns:
-        one summary a variant.
+        one summary a variant; none of a variant of which other `parts` are not done.
 
     Raises:
         UserError: something is missing, the output was made otherwise, or no clip of a variant could be encoded.
@@ -137,7 +143,7 @@ def encode(config: EncodeConfig) -> list[EncodeSummary]:
         Task(job=job, out=str(folder), shard=shard, attempt="")
         for job, folder, done in zip(jobs, folders, done_before)
         if not done
-        for shard in range(len(raw.shards))
+        for shard in range(config.part, len(raw.shards), config.parts)
         if shard_receipt(folder, shard) is None
     ]
     if tasks:
@@ -149,6 +155,9 @@ def encode(config: EncodeConfig) -> list[EncodeSummary]:
             pool.run(tasks, raw.rows_per_shard.tolist())
     summaries = []
     for folder, job, done in zip(folders, jobs, done_before):
+        if not done and config.parts > 1 and any(shard_receipt(folder, shard) is None for shard in range(len(raw.shards))):
+            print(f"{job.variant}: part {config.part} of {config.parts} is done; the last one to end makes the output whole.")
+            continue
         if not done:
             _finish(folder, job, raw, classes, tokenizer)
         manifest = Manifest.read(folder)

@@ -87,8 +87,10 @@ def main(words: list[str]) -> int:
     try:
         run.run(arguments)
     except ChildFailedError as error:
-        print(error, file=sys.stderr)
-        return exit_status((failure.exitcode for failure in error.failures.values()), stop.asked)
+        status = exit_status((failure.exitcode for failure in error.failures.values()), stop.asked)
+        if status != STOPPED:
+            print(error, file=sys.stderr)
+        return status
     return DONE
 
 

@@ -11,6 +11,7 @@ that several can run side by side. Needs Debian's slurmctld, slurmd, slurm-clien
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import shutil
@@ -82,7 +83,7 @@ class EmulatedSlurm:
         """What `scontrol show job` says: name -> value."""
         return dict(word.split("=", 1) for word in self.run("scontrol", "-o", "show", "job", number).split() if "=" in word)
 
-    def wait_for(self, number: str, fits: Callable[[dict[str, str]], bool], seconds: float = 120.0) -> dict[str, str]:
+    def wait_for(self, number: str, fits: Callable[[dict[str, str]], bool], seconds: float = 500.0) -> dict[str, str]:
         """Waits until a job is as it should be.
 
         Raises:
@@ -95,7 +96,7 @@ class EmulatedSlurm:
             time.sleep(0.1)
         return job
 
-    def end_of(self, number: str, seconds: float = 180.0) -> dict[str, str]:
+    def end_of(self, number: str, seconds: float = 500.0) -> dict[str, str]:
         """Waits until a job has ended for good, whatever became of it."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
         return self.wait_for(number, lambda job: job["JobState"] in over, seconds)
@@ -114,6 +115,7 @@ class EmulatedSlurm:
             self._nodes[node] = subprocess.Popen(
                 ["unshare", "--uts", "--pid", "--mount", "--fork", "--mount-proc", "--kill-child", "sh", "-c", script],
                 env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                preexec_fn=_end_with_parent,
             )  # fmt: skip
         self._until(lambda: self._state(node) in ("idle", "mixed", "allocated", "completing"), f"node {node}")
 
@@ -146,9 +148,10 @@ class EmulatedSlurm:
         with (self.folder / "log" / f"{words[0]}.out").open("ab") as log:
             self._daemons.append(
                 subprocess.Popen(
-                    words, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                    words, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                    preexec_fn=_end_with_parent,
                 )
-            )
+            )  # fmt: skip
 
     def _until(self, ready: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
         deadline = time.monotonic() + seconds
@@ -200,6 +203,11 @@ PreemptMode=REQUEUE
 {nodes}PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime={self.kill_wait}
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
 """
+
+
+def _end_with_parent() -> None:
+    """Killed when the tests' process dies, however that ends: nobody else would end it."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _find(program: str) -> str | None:

@@ -1,0 +1,147 @@
+"""`videoar submit` on a real SLURM with two emulated nodes: preemption, node death, cancelling, sick nodes, chains, arrays, Ray.
+
+One cluster serves the whole file. `benchmarks/slurm_faults.py` does the same at random moments and measures it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.slurm_scene import SlurmScene
+from data_pipelines.encode import EncodeConfig
+from data_pipelines.moving_shapes import write_corpus
+from data_pipelines.shard_part import ShardsConfig
+from data_pipelines.shards import write_shards
+from pretrain.events import read_events
+from tests.cluster.emulated_slurm import EmulatedSlurm, missing
+from tests.data_pipelines.encode_here import encode_here
+from tests.pretrain.tiny import stage
+from tokenizer import VideoTokenizer
+from tokenizer.autoencoder import AutoencoderConfig
+from tokenizer.tokenizer import TokenizerConfig
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "-")
+STEPS, EVERY = (30, 40), 10
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[EmulatedSlurm]:
+    with tempfile.TemporaryDirectory(prefix="vs-", ignore_cleanup_errors=True) as folder, EmulatedSlurm(Path(folder)) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def scene(slurm: EmulatedSlurm, tmp_path_factory: pytest.TempPathFactory) -> SlurmScene:
+    """Two stages; the undisturbed run has gone through them as one job on two nodes. The folder's name is one that a shell would misread."""
+    folder = tmp_path_factory.mktemp("slurm") / "a run; $HOME `id`"
+    stages = [stage(folder / "codes", STEPS[0]), stage(folder / "codes", STEPS[1], name="two", lr=0.001)]
+    scene = SlurmScene(folder, slurm, sum(STEPS), EVERY, stages)
+    (job,) = scene.submit("whole", "--preflight=ranks")
+    assert slurm.end_of(job)["JobState"] == "COMPLETED", scene.log("whole")
+    assert {event["world_size"] for event in scene.starts("whole")} == {2}
+    assert set(re.findall(r"^(?:ok|local|ranks) (n\d)$", scene.log("whole"), re.M)) == {"n1", "n2"}
+    assert "2 ranks add up" in scene.log("whole")
+    return scene
+
+
+def test_a_run_that_is_cancelled_preempted_and_loses_a_node_ends_as_if_nothing_had_happened(scene: SlurmScene) -> None:
+    slurm, name = scene.slurm, "disturbed"
+    (job,) = scene.submit(name)
+    scene.wait_for_step(job, name, 4)
+    slurm.run("scancel", job)
+    assert slurm.end_of(job)["JobState"] == "CANCELLED"  # saved, and not started again
+    slurm.wait_for(job, lambda entry: "EndTime" in entry and not slurm.run("squeue", "-h", "-j", job, check=False))
+    assert scene.log(name).endswith("SLURM took the job away\n")
+    stopped = [event["global_step"] for event in read_events(scene.out(name)) if event["event"] == "stopped"]
+    assert stopped == [scene.reached(name)] and stopped[0] % EVERY
+
+    first, second = scene.submit(name, "--stages")
+    assert slurm.job(second)["Dependency"].startswith(f"afterok:{first}")
+    for number, how in enumerate(("limit", "urgent"), 1):
+        since, reached = time.time(), scene.reached(name)
+        assert scene.wait_for_step(first, name, reached + 4, since if number == 1 else began)
+        scene.preempt(first, how)
+        began = scene.wait_for_restart(first, number)
+        at = scene.reached(name)
+        assert scene.wait_for_start(name, began)["global_step"] == at  # no step is lost, and none is done again
+    assert slurm.end_of(first)["JobState"] == "COMPLETED"
+    assert scene.reached(name) == STEPS[0]
+
+    scene.wait_for_step(second, name, STEPS[0] + EVERY + 2)
+    died = time.time()
+    slurm.power_off("n2")
+    at = scene.reached(name)
+    slurm.power_on("n2")
+    start = scene.wait_for_start(name, died)
+    assert STEPS[0] + EVERY <= start["global_step"] and at - start["global_step"] <= EVERY
+    assert slurm.end_of(second)["JobState"] == "COMPLETED", scene.log(name)
+    assert scene.same(name) == []
+
+
+def test_a_sick_node_is_left_out(scene: SlurmScene) -> None:
+    (job,) = scene.submit("whole", "--nodes=1", '--env={"VIDEOAR_FAULT": "preflight:n1", "GLOO_SOCKET_IFNAME": "lo"}')
+    ended = scene.slurm.end_of(job)  # nothing was left to train
+    assert (ended["JobState"], ended["Restarts"], ended["ExcNodeList"], ended["BatchHost"]) == ("COMPLETED", "1", "n1", "n2")
+    log = scene.log("whole")
+    assert "bad n1: fault: VIDEOAR_FAULT names this node" in log and "sick: n1; it starts again without" in log
+
+
+def test_a_run_that_fails_again_and_again_is_given_up(scene: SlurmScene) -> None:
+    short = ("--nodes=1", "--preflight=off")
+    (failing,) = scene.submit("failing", *short, "--python=/bin/false", "--max_restarts=1")
+    # a mistake in the settings is no reason to try again
+    (mistaken,) = scene.submit("mistaken", *short, "--", "--tokenizer", str(scene.folder / "nowhere"))
+    ended = scene.slurm.end_of(failing)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "1")
+    assert "it has failed 2 times since the beginning: no further start" in scene.log("failing")
+    ended = scene.slurm.end_of(mistaken)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0"), scene.log("mistaken")
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """shards/ (two of them), tokenizer/, and codes/, encoded here."""
+    base = tmp_path_factory.mktemp("raw")
+    write_corpus(base / "corpus", clips=4, seed=0, size=32, validation=1)
+    write_shards(base / "corpus" / "train.csv", base / "shards", ShardsConfig(workers=1, shard_size=6000))
+    torch.manual_seed(0)
+    sizes = AutoencoderConfig(dim=8, base_width=8, multipliers=(1, 2, 2), blocks=1, patch=4)
+    VideoTokenizer(TokenizerConfig(sizes, num_scales=2)).save_pretrained(base / "tokenizer")
+    encode_here(EncodeConfig(str(base / "shards"), str(base / "tokenizer"), str(base / "codes"), "32x32x5"))
+    return base
+
+
+def codes(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted((folder / "32x32x5").rglob("*")) if file.is_file()}
+
+
+def encode_words(raw: Path, out: Path) -> list[str]:
+    return ["--shards", str(raw / "shards"), "--tokenizer", str(raw / "tokenizer"), "--out", str(out), "--variants=32x32x5"]
+
+
+@pytest.mark.parametrize(("name", "booking"), [("array", ["--array=2"]), ("ray", ["--nodes=2", "--cpus_per_node=1"])])
+def test_encodings_come_in_parts_or_on_a_ray_cluster(scene: SlurmScene, raw: Path, name: str, booking: list[str]) -> None:
+    out = scene.folder / name
+    words = ["--command=encode", *booking, "--exclusive=false", "--", *encode_words(raw, out), "--num_workers=1"]
+    (job,) = scene.videoar(*words).split()
+    for part in ("_0", "_1") if name == "array" else ("",):
+        assert scene.slurm.end_of(f"{job}{part}")["JobState"] == "COMPLETED", scene.log(name)
+    assert codes(out) == codes(raw / "codes")
+    if name == "array":
+        assert len(list((out / "slurm").glob("*.log"))) == 2
+        assert len(json.loads((raw / "shards" / "index.json").read_text())["shards"]) == 2
+
+
+def test_what_slurm_refuses_is_told(scene: SlurmScene, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(RuntimeError, match="status 2"):
+        scene.submit("refused", "--partition=nowhere")
+    assert "SLURM refuses the job (Batch job submission failed: Invalid partition name" in capsys.readouterr().err
+    assert (scene.out("refused") / "slurm" / "videoar.sbatch").is_file()
