@@ -281,7 +281,12 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def add(
-        group, name: str, handler: Handler, text: str, config: str | None = None, config_help: str = "YAML file with settings"
+        group,
+        name: str,
+        handler: Handler,
+        text: str,
+        config: str | None = None,
+        config_help: str = "YAML file with settings",
     ) -> argparse.ArgumentParser:
         command = group.add_parser(name, allow_abbrev=False, help=text, description=text[0].upper() + text[1:] + ".")
         command.formatter_class = argparse.RawDescriptionHelpFormatter

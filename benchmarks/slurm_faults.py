@@ -54,7 +54,9 @@ def main() -> None:
         raise SystemExit(1)
 
 
-def preemptions(scene: SlurmScene, count: int, random: Random, name: str = "preempted", early: float = 0.3) -> dict[str, Any]:
+def preemptions(
+    scene: SlurmScene, count: int, random: Random, name: str = "preempted", early: float = 0.3
+) -> dict[str, Any]:
     """Preempts a run so many times.
 
     Args:

@@ -45,14 +45,22 @@ class SlurmScene:
     """
 
     def __init__(
-        self, folder: Path, slurm: EmulatedSlurm, steps: int, checkpoint_every: int, stages: list[dict[str, Any]] | None = None
+        self,
+        folder: Path,
+        slurm: EmulatedSlurm,
+        steps: int,
+        checkpoint_every: int,
+        stages: list[dict[str, Any]] | None = None,
     ):
         self.folder, self.slurm, self.steps, self.checkpoint_every = folder, slurm, steps, checkpoint_every
         folder.mkdir(parents=True, exist_ok=True)
         self.job = folder / "job.yaml"
         self.job.write_text(yaml.safe_dump(BOOKING))
         self.settings = write_run(
-            folder, stages=stages or [stage(folder / "codes", steps)], checkpoint_every=checkpoint_every, parallel={"deterministic": True}
+            folder,
+            stages=stages or [stage(folder / "codes", steps)],
+            checkpoint_every=checkpoint_every,
+            parallel={"deterministic": True},
         )
 
     def submit(self, name: str, *words: str, config: Path | None = None) -> list[str]:
@@ -96,7 +104,9 @@ class SlurmScene:
             if self.slurm.job(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"):
                 return False
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{name} is at step {self.reached(name)}, start {len(self.starts(name))}: {self.log(name)[-3000:]}")
+                raise TimeoutError(
+                    f"{name} is at step {self.reached(name)}, start {len(self.starts(name))}: {self.log(name)[-3000:]}"
+                )
             time.sleep(0.05)
         return True
 
@@ -144,7 +154,9 @@ class SlurmScene:
         elif how == "requeue":
             self.slurm.run("scontrol", "requeue", job)
         else:
-            self.slurm.run("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+            self.slurm.run(
+                "sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"
+            )
 
     def same(self, name: str, whole: str = "whole") -> list[str]:
         """What of a run's numbers is not the undisturbed run's, to the last digit."""
@@ -165,7 +177,9 @@ def numbers(out: Path) -> list[dict[str, Any]]:
 
 def begun(log: str, before: float) -> float:
     """When the last start of a job before some time began, by its log; seconds since the epoch."""
-    times = [datetime.fromisoformat(text).timestamp() for text in re.findall(r"^\[(\S+) job \d+ start \d+\] on ", log, re.M)]
+    times = [
+        datetime.fromisoformat(text).timestamp() for text in re.findall(r"^\[(\S+) job \d+ start \d+\] on ", log, re.M)
+    ]
     return max(start for start in times if start <= before)
 
 

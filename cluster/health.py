@@ -32,12 +32,18 @@ class Sick(Exception):
 
 def main(words: list[str] | None = None) -> int:
     """Runs all checks and prints the outcome; the exit status."""
-    parser = argparse.ArgumentParser("cluster.health", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "cluster.health", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path, required=True, help="a folder that must be writable")
     parser.add_argument("--gpus", type=int, default=0, help="that must be there")
     parser.add_argument("--processes", type=int, default=1, help="of the run on this node")
-    parser.add_argument("--reads", type=Path, action="append", default=[], help="a file or folder that must be readable")
-    parser.add_argument("--free", type=float, default=FREE, help="bytes that must be free for --run (default: %(default)g)")
+    parser.add_argument(
+        "--reads", type=Path, action="append", default=[], help="a file or folder that must be readable"
+    )
+    parser.add_argument(
+        "--free", type=float, default=FREE, help="bytes that must be free for --run (default: %(default)g)"
+    )
     args = parser.parse_args(words)
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     checks: list[tuple[str, Callable[[], None]]] = [
@@ -85,7 +91,9 @@ def gpus(wanted: int) -> None:
         return
     query = ["nvidia-smi", "--query-gpu=index,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader"]
     try:
-        found = subprocess.run(query, capture_output=True, text=True, timeout=ANSWER / 2, check=True).stdout.splitlines()
+        found = subprocess.run(
+            query, capture_output=True, text=True, timeout=ANSWER / 2, check=True
+        ).stdout.splitlines()
     except FileNotFoundError:
         raise Sick("there is no nvidia-smi, so no NVIDIA driver") from None
     if len(found) < wanted:

@@ -27,7 +27,9 @@ JOIN = 300.0
 def main(words: list[str]) -> int:
     """Runs this node; its exit status."""
     split = words.index("--")
-    parser = argparse.ArgumentParser("cluster.ray_node", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "cluster.ray_node", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--head", required=True, help="ADDRESS:PORT of the first node's Ray")
     parser.add_argument("--nodes", type=int, required=True, help="of the job")
     parser.add_argument("--notes", type=Path, required=True, help="a folder that all nodes see, for the token")
@@ -37,7 +39,9 @@ def main(words: list[str]) -> int:
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_token(args.notes, first))}
     # sockets in it have paths of at most 107 characters
     with tempfile.TemporaryDirectory(prefix="vr-", ignore_cleanup_errors=True) as folder:
-        node = subprocess.Popen(_start(args.head, first, folder, os.environ), env=environment, stdout=subprocess.DEVNULL)
+        node = subprocess.Popen(
+            _start(args.head, first, folder, os.environ), env=environment, stdout=subprocess.DEVNULL
+        )
         # SLURM signals this process and all others; the command decides what becomes of it
         signal.signal(signal.SIGTERM, lambda *_: None)
         try:
@@ -78,8 +82,17 @@ def _token(notes: Path, first: bool) -> Path:
 def _start(head: str, first: bool, folder: str, environment: Mapping[str, str]) -> list[str]:
     """The command that starts Ray on this node and stays with it."""
     address, _, port = head.rpartition(":")
-    where = [f"--node-ip-address={address}", f"--port={port}", "--head", f"--temp-dir={folder}", "--include-dashboard=false"]
-    sizes = [f"--num-cpus={environment.get('SLURM_CPUS_ON_NODE', '1')}", f"--num-gpus={environment.get('SLURM_GPUS_ON_NODE', '0')}"]
+    where = [
+        f"--node-ip-address={address}",
+        f"--port={port}",
+        "--head",
+        f"--temp-dir={folder}",
+        "--include-dashboard=false",
+    ]
+    sizes = [
+        f"--num-cpus={environment.get('SLURM_CPUS_ON_NODE', '1')}",
+        f"--num-gpus={environment.get('SLURM_GPUS_ON_NODE', '0')}",
+    ]
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
     return [*ray, *(where if first else [f"--address={head}"]), *sizes]
 

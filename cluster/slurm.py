@@ -15,7 +15,9 @@ from tokenizer.errors import UserError
 from tokenizer.files import write_whole
 
 
-def submit(job: SlurmConfig, chain: Sequence[Work], dry_run: bool = False, working_folder: Path | None = None) -> list[str]:
+def submit(
+    job: SlurmConfig, chain: Sequence[Work], dry_run: bool = False, working_folder: Path | None = None
+) -> list[str]:
     """Submits one job a piece of work, each to begin when the one before has ended well.
 
     Args:
@@ -46,7 +48,9 @@ def submit(job: SlurmConfig, chain: Sequence[Work], dry_run: bool = False, worki
             work.folder.mkdir(parents=True, exist_ok=True)
             write_whole(file, text)
         except OSError as error:
-            raise UserError(f"the script {file} can't be written ({error.strerror}): name another folder for the run.") from error
+            raise UserError(
+                f"the script {file} can't be written ({error.strerror}): name another folder for the run."
+            ) from error
         # on the command line, as it is not known when the script is written
         after = [f"--dependency=afterok:{numbers[-1]}"] if numbers else []
         numbers.append(_sbatch([*after, str(file)]))
@@ -57,11 +61,17 @@ def _sbatch(words: Sequence[str]) -> str:
     # settings of the shell's, as SBATCH_PARTITION, hold for what the script leaves open; a step's own would confuse the job
     environment = {name: value for name, value in os.environ.items() if not re.match(r"SLURM_(?!CONF)", name)}
     try:
-        done = subprocess.run(["sbatch", "--parsable", *words], capture_output=True, text=True, env=environment, timeout=300)
+        done = subprocess.run(
+            ["sbatch", "--parsable", *words], capture_output=True, text=True, env=environment, timeout=300
+        )
     except FileNotFoundError:
-        raise UserError("there is no sbatch here: run this on a login node of the SLURM cluster, or add --dry-run.") from None
+        raise UserError(
+            "there is no sbatch here: run this on a login node of the SLURM cluster, or add --dry-run."
+        ) from None
     except subprocess.TimeoutExpired:
-        raise UserError("sbatch has not answered for five minutes: see whether the cluster's controller is up.") from None
+        raise UserError(
+            "sbatch has not answered for five minutes: see whether the cluster's controller is up."
+        ) from None
     if done.returncode:
         reason = " ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.strip().splitlines())
         raise UserError(f"SLURM refuses the job ({reason.rstrip('.')}): mend the setting and submit {words[-1]} again.")

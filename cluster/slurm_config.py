@@ -25,9 +25,10 @@ VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 DEPENDENCY = re.compile(r"(singleton|(after|afterany|afterok|afternotok|aftercorr)(:\d+(_\d+)?(\+\d+)?)+)([,?].*)?")
 IMAGE = re.compile(r"[A-Za-z0-9/][A-Za-z0-9._/:@#+=-]*")
 OWN = (
-    "job-name nodes ntasks ntasks-per-node gpus gpus-per-node cpus-per-task mem time partition account qos exclusive signal requeue "
-    "no-requeue open-mode output error array dependency kill-on-invalid-dep export chdir wrap parsable"
-).split()
+    "job-name", "nodes", "ntasks", "ntasks-per-node", "gpus", "gpus-per-node", "cpus-per-task", "mem", "time",
+    "partition", "account", "qos", "exclusive", "signal", "requeue", "no-requeue", "open-mode", "output", "error",
+    "array", "dependency", "kill-on-invalid-dep", "export", "chdir", "wrap", "parsable",
+)  # fmt: skip
 """sbatch's options that the script sets itself."""
 
 
@@ -111,7 +112,9 @@ class SlurmConfig:
         for name, value in self.options.items():
             _check("an option's name", name, OPTION, "one of sbatch's long options without the dashes")
             if name in OWN:
-                raise UserError(f"options has {name}, which the script sets itself: leave it out; see `videoar submit --help-settings`.")
+                raise UserError(
+                    f"options has {name}, which the script sets itself: leave it out; see `videoar submit --help-settings`."
+                )
             _check(f"options.{name}", value or None, VALUE, "a value of sbatch's without spaces or quotes")
         for name, value in self.env.items():
             _check("a variable of env", name, VARIABLE, "a variable's name")
@@ -145,7 +148,9 @@ def check_path(what: str, path: str) -> None:
         raise UserError(f"{what} is '{path}': give an absolute path, one that every node of the cluster sees.")
     _check_printable(what, path)
     if bad := set(path) & set("%\"'\\"):
-        raise UserError(f"{what} is '{path}': {' '.join(sorted(bad))} means something else to sbatch: choose another path.")
+        raise UserError(
+            f"{what} is '{path}': {' '.join(sorted(bad))} means something else to sbatch: choose another path."
+        )
 
 
 def _check_printable(what: str, text: str) -> None:

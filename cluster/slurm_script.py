@@ -140,7 +140,9 @@ class _Steps:
         if self.job.preflight != "off":
             lines += self._function("health", "devices, disks and data of each node", self._health())
         if self.job.preflight == "ranks" and self.work.ranks:
-            lines += self._function("ranks", "all ranks add up numbers", [*self._torchrun(), "-m", "parallel.preflight"])
+            lines += self._function(
+                "ranks", "all ranks add up numbers", [*self._torchrun(), "-m", "parallel.preflight"]
+            )
         return lines + self._function("launch", "the work itself", self._launch())
 
     def _function(self, name: str, comment: str, words: Sequence[str]) -> list[str]:
@@ -161,10 +163,23 @@ class _Steps:
         if job.container_runtime == "pyxis":
             listed = shlex.quote(",".join(mounts))
             where = shlex.quote(str(self.working_folder))
-            return [*words, f"--container-image={job.container}", f"--container-mounts={listed}", f"--container-workdir={where}"]
+            return [
+                *words,
+                f"--container-image={job.container}",
+                f"--container-mounts={listed}",
+                f"--container-workdir={where}",
+            ]
         binds = [f"--bind={shlex.quote(mount)}" for mount in mounts]
         gpus = ["--nv"] if job.gpus_per_node else []
-        return [*words, "apptainer", "exec", *gpus, *binds, f"--pwd={shlex.quote(str(self.working_folder))}", job.container]
+        return [
+            *words,
+            "apptainer",
+            "exec",
+            *gpus,
+            *binds,
+            f"--pwd={shlex.quote(str(self.working_folder))}",
+            job.container,
+        ]
 
     def _own_mounts(self) -> list[str]:
         return list(dict.fromkeys((self.project, str(self.work.run), str(self.working_folder))))
@@ -216,4 +231,6 @@ def check_work(job: SlurmConfig, work: Work) -> None:
     if work.ranks and job.array:
         raise UserError(f"array is {job.array}: only encodings come in parts; a training takes more nodes instead.")
     if job.array and job.nodes > 1:
-        raise UserError(f"array is {job.array} and nodes is {job.nodes}: a part of an encoding has one node; set nodes to 1, or array to 0.")
+        raise UserError(
+            f"array is {job.array} and nodes is {job.nodes}: a part has one node; set nodes to 1, or array to 0."
+        )

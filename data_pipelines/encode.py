@@ -56,8 +56,8 @@ class EncodeConfig:
         threads: CPU threads of an actor.
         device: "cpu" or "cuda" (one GPU an actor).
         ray_address: of a running cluster, such as "auto"; None: Ray inside this machine.
-        parts, part: encode only every `parts`-th raw shard, from number `part` (0 and up) on, beside other processes that encode the others,
-            as a job array's do; who finds all shards encoded makes the output whole.
+        parts, part: encode only every `parts`-th raw shard, from number `part` (0 and up) on, beside processes that encode the others, as a
+            job array's do; who finds all shards encoded makes the output whole.
     """
 
     shards: str
@@ -155,8 +155,14 @@ def encode(config: EncodeConfig) -> list[EncodeSummary]:
             pool.run(tasks, raw.rows_per_shard.tolist())
     summaries = []
     for folder, job, done in zip(folders, jobs, done_before):
-        if not done and config.parts > 1 and any(shard_receipt(folder, shard) is None for shard in range(len(raw.shards))):
-            print(f"{job.variant}: part {config.part} of {config.parts} is done; the last one to end makes the output whole.")
+        if (
+            not done
+            and config.parts > 1
+            and any(shard_receipt(folder, shard) is None for shard in range(len(raw.shards)))
+        ):
+            print(
+                f"{job.variant}: part {config.part} of {config.parts} is done; the last one to end makes the output whole."
+            )
             continue
         if not done:
             _finish(folder, job, raw, classes, tokenizer)

@@ -77,7 +77,9 @@ def exit_status(codes: Iterable[int], asked: bool) -> int:
 
 def main(words: list[str]) -> int:
     """Runs torchrun in this process; its exit status."""
-    stop = _Stop()  # at once: a signal while torch is imported must not end this process with a status that says nothing
+    stop = (
+        _Stop()
+    )  # at once: a signal while torch is imported must not end this process with a status that says nothing
     if "SLURM_NODEID" in os.environ:
         os.environ.setdefault("PET_NODE_RANK", os.environ["SLURM_NODEID"])
     from torch.distributed import run

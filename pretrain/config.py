@@ -217,7 +217,9 @@ class PretrainConfig:
             )
         names = [stage.name for stage in self.stages]
         if self.last_stage is not None and self.last_stage not in names:
-            raise UserError(f"last_stage is '{self.last_stage}': choose one of the stages, {', '.join(names)}, or null.")
+            raise UserError(
+                f"last_stage is '{self.last_stage}': choose one of the stages, {', '.join(names)}, or null."
+            )
 
     @property
     def stages_to_go(self) -> int:

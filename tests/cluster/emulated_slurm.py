@@ -33,7 +33,9 @@ def missing() -> str:
         return f"SLURM is not installed here ({', '.join(absent)}): run `make slurm`"
     if os.geteuid():
         return "emulated SLURM nodes need root, for a process namespace each"
-    probe = subprocess.run(["unshare", "--uts", "--pid", "--mount", "--fork", "--mount-proc", "true"], capture_output=True)
+    probe = subprocess.run(
+        ["unshare", "--uts", "--pid", "--mount", "--fork", "--mount-proc", "true"], capture_output=True
+    )
     return "" if probe.returncode == 0 else f"no namespaces here: {probe.stderr.decode().strip()}"
 
 
@@ -81,7 +83,9 @@ class EmulatedSlurm:
 
     def job(self, number: str) -> dict[str, str]:
         """What `scontrol show job` says: name -> value."""
-        return dict(word.split("=", 1) for word in self.run("scontrol", "-o", "show", "job", number).split() if "=" in word)
+        return dict(
+            word.split("=", 1) for word in self.run("scontrol", "-o", "show", "job", number).split() if "=" in word
+        )
 
     def wait_for(self, number: str, fits: Callable[[dict[str, str]], bool], seconds: float = 500.0) -> dict[str, str]:
         """Waits until a job is as it should be.

@@ -34,6 +34,7 @@ from data_pipelines.moving_shapes import write_corpus
 from data_pipelines.random_access import ShardFolder
 from data_pipelines.shard_part import COLUMNS, ShardsConfig
 from data_pipelines.shards import write_shards
+from tests.data_pipelines.encode_here import encode_here
 from tokenizer import UserError, VideoTokenizer
 from tokenizer.autoencoder import AutoencoderConfig
 from tokenizer.clip_shape import ClipShape
@@ -290,6 +291,20 @@ def test_a_row_that_kills_a_worker_which_decodes_ahead_is_found_one_by_one(
     assert (summary.rows_out, summary.dead) == (18, 2)
     letters = [json.loads(line) for line in (tmp_path / VARIANTS[0] / "dead_letter.jsonl").read_text().splitlines()]
     assert [(letter["shard"], letter["row"]) for letter in letters] == [(1, 1), (2, 1)]
+
+
+def test_parts_of_an_array_make_the_output_of_one_run(
+    base: Path, undisturbed: tuple[Path, list], tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    config = replace(settings(base, tmp_path / "out"), parts=3)
+    for part in (2, 0):
+        assert encode_here(replace(config, part=part)) == []
+        assert f"part {part} of 3 is done" in capsys.readouterr().out
+    assert encode_here(replace(config, part=1)) == undisturbed[1]
+    assert content(tmp_path / "out") == content(undisturbed[0])
+    assert all(summary.already_done for summary in encode_here(replace(config, part=0)))
+    with pytest.raises(UserError, match="part is 3 of 3 parts"):
+        replace(config, part=3)
 
 
 def test_a_damaged_raw_shard_is_named(base: Path, tmp_path: Path):
