@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import psutil
 
@@ -86,14 +87,25 @@ def main(words: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     arguments = run.parse_args(["--signals-to-handle=SIGINT,SIGHUP", *words])
+    status = FAILED
     try:
         run.run(arguments)
+        status = DONE
     except ChildFailedError as error:
         status = exit_status((failure.exitcode for failure in error.failures.values()), stop.asked)
         if status != STOPPED:
             print(error, file=sys.stderr)
-        return status
-    return DONE
+    finally:
+        if status == FAILED:
+            _tell_script()
+    return status
+
+
+def _tell_script() -> None:
+    """The job's script need not wait for the other nodes any more, one of which may be gone."""
+    if file := os.environ.get("VIDEOAR_FAILED"):
+        with contextlib.suppress(OSError):
+            Path(file).touch()
 
 
 if __name__ == "__main__":

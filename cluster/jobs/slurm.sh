@@ -4,6 +4,7 @@ restart=${SLURM_RESTART_COUNT:-0}
 notes=$run/slurm
 head=$(scontrol -o show node "$SLURMD_NODENAME" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
 asked="" step=""
+export VIDEOAR_FAILED=$notes/failed-$SLURM_JOB_ID
 
 # USR1 comes before the time limit: the steps get a TERM, save and end. TERM comes where SLURM takes the job away (scancel, preemption,
 # scontrol requeue): SLURM tells the steps itself, kills what is left some time later, and knows whether the job starts again.
@@ -11,15 +12,20 @@ trap 'asked=limit; tell' USR1
 trap 'asked=taken' TERM
 tell() { [ -z "$step" ] || scancel --signal=TERM "$SLURM_JOB_ID"; }
 
-# Runs one of the steps below and waits for its end; a signal ends a wait early, so it waits again.
+# Runs one of the steps below and waits for its end. A launcher that failed says so by a file: srun alone would wait for minutes for the
+# tasks of a node that is gone; so the others have some seconds more to end, too, and then the job goes back or ends, and they with it.
 follow() {
   [ -z "$asked" ] || return 3
+  local status left=10
+  rm -f "$VIDEOAR_FAILED"
   "$@" & step=$!
   [ "$asked" != limit ] || tell
-  local status
-  wait "$step"
-  while kill -0 "$step" 2>/dev/null; do wait "$step"; done
-  wait "$step" 2>/dev/null; status=$? # bash remembers it
+  while kill -0 "$step" 2>/dev/null; do
+    sleep 0.5
+    if [ -e "$VIDEOAR_FAILED" ] && [ "$((left--))" -le 0 ]; then kill -KILL "$step"; break; fi
+  done
+  wait "$step" 2>/dev/null; status=$?
+  [ "$left" -gt 0 ] || status=1
   step=""
   return "$status"
 }
