@@ -38,10 +38,13 @@ def main() -> None:
     args = parser.parse_args()
     if reason := missing():
         raise SystemExit(reason)
-    folder = Path(tempfile.mkdtemp(prefix="vf-"))  # short: a socket in it has a path of at most 107 characters
     random = Random(args.seed)
-    with EmulatedSlurm(folder / "slurm") as slurm:
-        scene = SlurmScene(folder / "runs", slurm, args.steps, args.checkpoint_every)
+    # short: a socket in it has a path of at most 107 characters
+    with (
+        tempfile.TemporaryDirectory(prefix="vf-", ignore_cleanup_errors=True) as folder,
+        EmulatedSlurm(Path(folder, "slurm")) as slurm,
+    ):
+        scene = SlurmScene(Path(folder, "runs"), slurm, args.steps, args.checkpoint_every)
         whole = slurm.end_of(*scene.submit("whole"), seconds=600)
         assert whole["JobState"] == "COMPLETED", scene.log("whole")[-3000:]
         preempted = preemptions(scene, args.preemptions, random)

@@ -5,7 +5,7 @@
 prints "ok NODE", or "bad NODE: reason" and ends with status 1. Needs the standard library only. A check that does not answer within a
 minute, as on a hung network disk, is a reason, too.
 
-VIDEOAR_FAULT="preflight:NODE" in the environment makes a node sick, to try what happens then.
+VIDEOAR_SICK_NODE=NODE in the environment makes a node sick, to try what happens then.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main(words: list[str] | None = None) -> int:
     args = parser.parse_args(words)
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     checks: list[tuple[str, Callable[[], None]]] = [
-        ("fault", lambda: inject(node)),
+        ("tried out", lambda: inject(node)),
         ("GPUs", lambda: gpus(args.gpus)),
         ("shared memory", lambda: space(Path("/dev/shm"), SHARED * args.processes)),
         ("the run's folder", lambda: writable(args.run, args.free)),
@@ -80,9 +80,9 @@ def answer(check: Callable[[], None], seconds: float = ANSWER) -> str:
 
 
 def inject(node: str) -> None:
-    """Raises Sick on the node that VIDEOAR_FAULT names."""
-    if os.environ.get("VIDEOAR_FAULT") == f"preflight:{node}":
-        raise Sick("VIDEOAR_FAULT names this node")
+    """Raises Sick on the node that VIDEOAR_SICK_NODE names."""
+    if os.environ.get("VIDEOAR_SICK_NODE") == node:
+        raise Sick("VIDEOAR_SICK_NODE names it")
 
 
 def gpus(wanted: int) -> None:

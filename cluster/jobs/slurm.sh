@@ -1,16 +1,19 @@
-say() { echo "[$(date +%FT%T) job $SLURM_JOB_ID start $restart] $*"; }
-
-restart=${SLURM_RESTART_COUNT:-0}
-notes=$run/slurm
-head=$(scontrol -o show node "$SLURMD_NODENAME" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
 asked="" step=""
-export VIDEOAR_FAILED=$notes/failed-$SLURM_JOB_ID
-
 # USR1 comes before the time limit: the steps get a TERM, save and end. TERM comes where SLURM takes the job away (scancel, preemption,
 # scontrol requeue): SLURM tells the steps itself, kills what is left some time later, and knows whether the job starts again.
 trap 'asked=limit; tell' USR1
 trap 'asked=taken' TERM
-tell() { [ -z "$step" ] || scancel --signal=TERM "$SLURM_JOB_ID"; }
+tell() { [ -z "$step" ] || scancel --signal=TERM "$job"; }
+
+say() { echo "[$(date +%FT%T) job $job start $restart] $*"; }
+
+# one job of an array is never named by its own number: the last one's is the whole array's
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+restart=${SLURM_RESTART_COUNT:-0}
+notes=$run/slurm
+head=$(scontrol -o show node "$SLURMD_NODENAME" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
+export VIDEOAR_FAILED=$notes/failed-$SLURM_JOB_ID
 
 # Runs one of the steps below and waits for its end. A launcher that failed says so by a file: srun alone would wait for minutes for the
 # tasks of a node that is gone; so the others have some seconds more to end, too, and then the job goes back or ends, and they with it.
@@ -36,18 +39,18 @@ free_port() {
   echo "$port"
 }
 
-field() { scontrol -o show job "$SLURM_JOB_ID" | grep -o " $1=[^ ]*" | head -n 1 | cut -d= -f2; }
+field() { scontrol -o show job "$job" | grep -o " $1=[^ ]*" | head -n 1 | cut -d= -f2; }
 
 # Back into the queue, as the same job; leaves out the nodes named, with commas, and those left out before.
 requeue() {
   trap '' TERM USR1
   if [ "$(field JobState)" != RUNNING ]; then say "SLURM is taking the job away by itself"; exit 3; fi
-  scontrol requeue "$SLURM_JOB_ID" || { say "this cluster does not requeue: submit the job again, it goes on"; exit 3; }
+  scontrol requeue "$job" || { say "this cluster does not requeue: submit the job again, it goes on"; exit 3; }
   if [ -n "${1:-}" ]; then
     local before; before=$(field ExcNodeList)
     [ "$before" = "(null)" ] && before=""
     for _ in $(seq 100); do
-      scontrol update "jobid=$SLURM_JOB_ID" "ExcNodeList=${before:+$before,}$1" 2>/dev/null && break
+      scontrol update "jobid=$job" "ExcNodeList=${before:+$before,}$1" 2>/dev/null && break
       sleep 0.1
     done
   fi

@@ -48,7 +48,7 @@ class EmulatedSlurm:
         kill_wait: seconds between SLURM's SIGTERM and its SIGKILL, also where a job of the partition `urgent` takes the nodes.
     """
 
-    def __init__(self, folder: Path, nodes: int = 2, kill_wait: int = 30):
+    def __init__(self, folder: Path, nodes: int = 2, kill_wait: int = 120):
         self.folder, self.kill_wait = folder, kill_wait
         self.names = [f"n{number + 1}" for number in range(nodes)]
         self.config = folder / "slurm.conf"

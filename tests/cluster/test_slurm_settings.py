@@ -238,8 +238,8 @@ def test_a_sick_node_is_named_with_its_reason(
         patch.setenv("PATH", str(tmp_path))
         assert health.main([*words, "--gpus", "8"]) == 1
     assert "bad n7: GPUs: there is no nvidia-smi" in capsys.readouterr().out
-    for fault, status in (("preflight:n7", 1), ("preflight:n8", 0)):
-        monkeypatch.setenv("VIDEOAR_FAULT", fault)
+    for fault, status in (("n7", 1), ("n8", 0)):
+        monkeypatch.setenv("VIDEOAR_SICK_NODE", fault)
         assert health.main(words) == status
 
 
