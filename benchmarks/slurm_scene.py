@@ -28,7 +28,7 @@ BOOKING = {
     "preflight": "node",
     "env": {
         "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "",
-        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0",
     },
 }  # fmt: skip
 

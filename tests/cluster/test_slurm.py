@@ -112,7 +112,7 @@ def test_a_run_that_fails_again_and_again_is_given_up(scene: SlurmScene) -> None
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """shards/ (two of them), tokenizer/, and codes/, encoded here."""
+    """shards/ (several), tokenizer/, and codes/, encoded here."""
     base = tmp_path_factory.mktemp("raw")
     write_corpus(base / "corpus", clips=4, seed=0, size=32, validation=1)
     write_shards(base / "corpus" / "train.csv", base / "shards", ShardsConfig(workers=1, shard_size=6000))
@@ -143,7 +143,7 @@ def encode_words(raw: Path, out: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize(("name", "booking"), [("array", ["--array=2"]), ("ray", ["--nodes=2", "--cpus_per_node=1"])])
+@pytest.mark.parametrize(("name", "booking"), [("array", ["--array=2", "--nodes=1"]), ("ray", ["--nodes=2", "--cpus_per_node=1"])])
 def test_encodings_come_in_parts_or_on_a_ray_cluster(
     scene: SlurmScene, raw: Path, name: str, booking: list[str]
 ) -> None:
@@ -155,7 +155,7 @@ def test_encodings_come_in_parts_or_on_a_ray_cluster(
     assert codes(out) == codes(raw / "codes")
     if name == "array":
         assert len(list((out / "slurm").glob("*.log"))) == 2
-        assert len(json.loads((raw / "shards" / "index.json").read_text())["shards"]) == 2
+        assert len(json.loads((raw / "shards" / "index.json").read_text())["shards"]) > 2
 
 
 def test_what_slurm_refuses_is_told(scene: SlurmScene, capsys: pytest.CaptureFixture) -> None:
