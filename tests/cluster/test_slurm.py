@@ -143,7 +143,9 @@ def encode_words(raw: Path, out: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize(("name", "booking"), [("array", ["--array=2", "--nodes=1"]), ("ray", ["--nodes=2", "--cpus_per_node=1"])])
+@pytest.mark.parametrize(
+    ("name", "booking"), [("array", ["--array=2", "--nodes=1"]), ("ray", ["--nodes=2", "--cpus_per_node=1"])]
+)
 def test_encodings_come_in_parts_or_on_a_ray_cluster(
     scene: SlurmScene, raw: Path, name: str, booking: list[str]
 ) -> None:
