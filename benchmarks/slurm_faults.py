@@ -50,7 +50,8 @@ def main() -> None:
         preempted = preemptions(scene, args.preemptions, random)
         lost = deaths(scene, args.deaths, random)
     results: dict[str, Any] = {
-        "steps": args.steps, "checkpoint_every": args.checkpoint_every, "seed": args.seed, "load": round(os.getloadavg()[2], 1), "preempted": preempted, "node_deaths": lost
+        "steps": args.steps, "checkpoint_every": args.checkpoint_every, "seed": args.seed, "load": round(os.getloadavg()[2], 1),
+        "preempted": preempted, "node_deaths": lost,
     }  # fmt: skip
     report("slurm_faults", hardware("cpu", len(os.sched_getaffinity(0))), results, args.keep)
     if preempted["differences"] or lost["differences"]:

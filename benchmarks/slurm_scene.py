@@ -15,13 +15,12 @@ from typing import Any
 
 import yaml
 
+from benchmarks.chaos_train import VARYING
 from pretrain.events import read_events
 from tests.cluster.emulated_slurm import EmulatedSlurm
 from tests.pretrain.tiny import stage, write_run
 from videoar import main
 
-TIMES = ("seconds", "tokens_per_second")
-"""What of a line of metrics.jsonl is a matter of time."""
 BOOKING = {
     "nodes": 2,
     "gpus_per_node": 0,
@@ -171,7 +170,7 @@ def numbers(out: Path) -> list[dict[str, Any]]:
     with contextlib.suppress(FileNotFoundError):
         for line in (out / "metrics.jsonl").read_text().splitlines():
             with contextlib.suppress(ValueError):
-                lines.append({name: value for name, value in json.loads(line).items() if name not in TIMES})
+                lines.append({name: value for name, value in json.loads(line).items() if name not in VARYING})
     return lines
 
 
