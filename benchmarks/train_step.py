@@ -7,8 +7,8 @@
 All ratios are measured by turns in this process, from the best of their repetitions.
 
 gemm_fraction            (model FLOPs of a step / its time) / (rate of one large matmul), same dtype and threads; width 1024, 4 layers, 666
-                         tokens. Model FLOPs: 3 x (2 x matrix elements x tokens + 4 x width x visible pairs x layers), forward plus twice
-                         that backward, the text's embedding and recomputation not counted, the step with its loss and AdamW timed
+                         tokens. Model FLOPs as `pretrain.planning.flops` counts them, over visible pairs, forward and backward,
+                         recomputation not counted; the step with its loss and AdamW timed
 overhead_vs_reference    time of the megatron-core step over that of the plain model of `inference/` with torch's AdamW (in bfloat16 the
                          plain step lacks the float32 main copies and gradients, so that it does less)
 attention_work_ratio     query-key pairs worked on over visible ones, 24x42 tokens, 17 latent frames, p_mask 0.5
@@ -41,12 +41,13 @@ from benchmarks.training import Training, clips, network
 from inference.config import ModelConfig
 from inference.model import VideoARTransformer
 from parallel.attention import AttentionContext
-from parallel.flops import model_flops, published_peak
 from parallel.frame_attention import Visibility
+from parallel.peak import published_peak
 from parallel.saving import Saver
 from parallel.setup import ParallelConfig, ProcessInfo, destroy, initialize
 from parallel.train_step import Microbatch
 from pretrain.bitwise_loss import bitwise_loss
+from pretrain.planning.flops import count
 from tokenizer.errors import UserError
 from tokenizer.scales import ScaleSchedule
 from tokenizer.sequence import SequenceLayout
@@ -108,7 +109,7 @@ def against_matmul(parallel: ParallelConfig, info: ProcessInfo, repeat: int) -> 
     ours, plain, matmul = by_turns(steps, repeat)
     rate = 2 * MATMUL**3 / matmul
     return {
-        "gemm_fraction": round(float(model_flops(WIDE, layout, batch.text_lengths)) / ours / rate, 3),
+        "gemm_fraction": round(count(WIDE, layout, batch.text_lengths).model / ours / rate, 3),
         "overhead_vs_reference": round(ours / plain, 3),
         "step_seconds": round(ours, 3),
         "matmul_gflops_per_second": round(rate / 1e9, 1),
@@ -167,7 +168,7 @@ def on_gpu(repeat: int) -> dict[str, float]:
     name = torch.cuda.get_device_name()
     peak = published_peak(name)
     if peak is None:
-        raise UserError(f"the peak of '{name}' is not known: add it to PEAKS in parallel/flops.py.")
+        raise UserError(f"the peak of '{name}' is not known: add it to PEAKS in parallel/peak.py.")
     config = network("ucf101-l", ScaleSchedule.for_grid(16, 16, 10), 5)
     times = {}
     for fp8 in ("none", "delayed"):
@@ -176,7 +177,7 @@ def on_gpu(repeat: int) -> dict[str, float]:
         batch = clips(config, 8, config.layout(multiple=parallel.sequence_multiple)).to("cuda")
         (times[fp8],) = by_turns([Training(config, parallel, info, [batch]).step], repeat, "cuda")
         destroy()
-    flops = float(model_flops(config, config.layout(), torch.ones(8, dtype=torch.long)))
+    flops = count(config, config.layout(), torch.ones(8, dtype=torch.long)).model
     query = torch.randn(1, 32, 1024, 80, device="cuda", dtype=torch.bfloat16)
     key = torch.randn(1, 32, 8192, 80, device="cuda", dtype=torch.bfloat16)
     flex = torch.compile(flex_attention, dynamic=False)

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from data_pipelines.code_stream import CodeBatch
 from inference.config import ModelConfig
-from parallel.flops import model_flops
+from parallel.context import visible_keys
 from parallel.setup import ParallelConfig, ProcessInfo
 from parallel.train_step import Microbatch, StepResult, forward_backward
 from pretrain.bitwise_loss import bitwise_loss
 from pretrain.objective import ObjectiveConfig, prepare
+from pretrain.planning.flops import count
 from pretrain.stages import StagePlan, layout_for
 
 
@@ -27,7 +28,7 @@ def batch_loss(
     info: ProcessInfo,
     training: bool,
     factor: float = 1.0,
-) -> tuple[StepResult, int, Tensor]:
+) -> tuple[StepResult, int, float]:
     """Loss (and gradients, in training) of a global batch; its number of predicted tokens; and its model FLOPs in a training step, as if
     the other ranks' clips were like this rank's.
 
@@ -51,9 +52,11 @@ def batch_loss(
         return total if factor == 1 else total * factor, clips, report
 
     result = forward_backward(chunks, microbatches, loss, training)
-    flops = [model_flops(model, one.layout, one.text_lengths, one.frame_mask) for one in microbatches]
+    pairs = [visible_keys(one.layout, one.text_lengths, one.frame_mask, model.window).sum() for one in microbatches]
+    lengths = torch.cat([one.text_lengths for one in microbatches])
+    flops = count(model, microbatches[0].layout, lengths, int(torch.stack(pairs).sum()))
     tokens = result.clips * batch.tokens.shape[1] * batch.tokens.shape[2]
-    return result, tokens, torch.stack(flops).sum() * info.data_parallel_size
+    return result, tokens, flops.model * info.data_parallel_size
 
 
 def microbatch(

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from data_pipelines.code_stream import CodeBatch, CodeStream
@@ -96,7 +95,7 @@ class Trainer:
         self.history = events[0]
         self.faults = Faults(info.rank, self.out, self.history)
         self.watcher: Watcher | None = None
-        self.flops = torch.zeros(())  # model FLOPs of the newest global batch
+        self.flops = 0.0  # model FLOPs of the newest global batch
         self.samples: SampleLog | None = None
 
     def restore(self) -> Position:
@@ -149,7 +148,7 @@ class Trainer:
                 productive += seconds
                 step += 1
                 if self.watcher is not None:
-                    self.watcher.stepped(offset + step, seconds, waited, values["tokens"], float(self.flops))
+                    self.watcher.stepped(offset + step, seconds, waited, values["tokens"], self.flops)
                 stopping, ends = self.stop.stopping, step == steps
                 if self.samples is not None:
                     self.samples.write(_head(stage, step, offset + step), stream.source_of(batch), batch)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from inference.config import ModelConfig
-from parallel.flops import model_flops
 from parallel.setup import ProcessInfo
+from pretrain.planning.flops import count
 from pretrain.stages import Plan, StagePlan
 from tokenizer.files import write_whole
 
@@ -46,7 +46,7 @@ def stage_facts(stage: StagePlan, model: ModelConfig) -> dict[str, Any]:
         schedule = manifest.buckets[source.bucket or 0].scale_schedule
         clips = source.batch_size or stage.config.global_batch_size
         layout = model.layout(source.num_latent_frames, schedule)
-        each = float(model_flops(model, layout, torch.tensor([layout.text_length])))
+        each = count(model, layout, torch.tensor([layout.text_length])).model
         tokens += share / sum(shares) * clips * source.num_latent_frames * schedule.tokens_per_frame
         flops += share / sum(shares) * clips * each
     return {"name": stage.config.name, "steps": stage.config.steps, "tokens_per_step": tokens, "flops_per_step": flops}

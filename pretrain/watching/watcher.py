@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel import checkpoint as checkpoints
-from parallel.flops import device_peak
+from parallel.peak import device_peak
 from parallel.setup import ProcessInfo
 from pretrain.config import PretrainConfig
 from pretrain.events import read_events, write_event

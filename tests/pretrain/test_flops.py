@@ -1,4 +1,4 @@
-"""Model FLOPs against torch's own counter of what the plain network does, and against the mask's visible pairs."""
+"""The two halves of MFU: model FLOPs, against torch's own counter of what the plain network does, and the device's peak."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from inference.config import ModelConfig
 from inference.model import VideoARTransformer
-from parallel.flops import device_peak, model_flops, published_peak
+from parallel.peak import device_peak, published_peak
+from pretrain.planning.flops import count
 
 CONFIG = ModelConfig(
     num_layers=2, hidden_size=32, num_attention_heads=2, scales=((1, 1), (2, 2)), num_frames=3, bits=8, num_classes=4
@@ -30,16 +31,10 @@ def test_model_flops_are_those_that_torch_counts_with_the_hidden_pairs_taken_out
     matrices = sum(flops for name, flops in counts.items() if str(name).rsplit(".")[-1] in ("mm", "addmm", "bmm"))
     visible = int(layout.attention_mask(lengths, None, config.window).sum())
     attention = 4 * config.hidden_size * config.num_layers * visible
-    assert float(model_flops(config, layout, lengths)) == 3 * (matrices + attention)
-
-
-def test_hidden_frames_and_padding_cost_nothing() -> None:
-    lengths, frames = torch.tensor([1, 1]), torch.zeros(2, 3, 3, dtype=torch.bool)
-    layout = CONFIG.layout()
-    whole, hidden = (float(model_flops(CONFIG, layout, lengths, mask)) for mask in (None, frames))
-    pairs = int(layout.attention_mask(lengths).sum() - layout.attention_mask(lengths, frames).sum())
-    assert pairs > 0 and whole - hidden == 3 * 4 * CONFIG.hidden_size * CONFIG.num_layers * pairs
-    assert float(model_flops(CONFIG, CONFIG.layout(multiple=16), lengths)) == whole
+    flops = count(config, layout, lengths)
+    assert (flops.matrices, flops.attention) == (matrices, attention)
+    # what goes into the projection of the inputs has no gradient
+    assert flops.model == 3 * (matrices + attention) - flops.inputs
 
 
 def test_the_peak_is_configured_published_or_measured() -> None:

@@ -1,15 +1,10 @@
-"""Model FLOPs of a step, and the peak of a device that they are held against: the two halves of MFU, defined once."""
+"""The peak of a device, which the model FLOPs of a step are held against (MFU)."""
 
 from __future__ import annotations
 
 import time
 
 import torch
-from torch import Tensor
-
-from inference.config import ModelConfig
-from parallel.context import visible_keys
-from tokenizer.sequence import SequenceLayout
 
 PEAKS = {
     "B200": 2250e12,
@@ -25,30 +20,6 @@ PEAKS = {
 """FLOP/s of dense bfloat16 matrix products, as NVIDIA publishes them; the first name that fits counts."""
 MATMUL = 1024
 """Side of the product that a device's rate is measured with where no peak is published; eight times that on a GPU."""
-
-
-def model_flops(
-    config: ModelConfig, layout: SequenceLayout, text_lengths: Tensor, frame_mask: Tensor | None = None
-) -> Tensor:
-    """Of a training step on some clips: 3 x (2 x matrix elements x tokens + 4 x width x visible pairs x layers).
-
-    Forward plus twice that backward; the text's embedding, recomputation and the padding at a sequence's end are not counted.
-
-    Args:
-        config: the network.
-        layout: of the clips.
-        text_lengths: |text| of each clip, int [B].
-        frame_mask: the step's random frame mask, bool [B, T, T]; None: all frames see each other.
-
-    Returns:
-        float64, of no dimension, on the lengths' device: nothing waits for a GPU here.
-    """
-    width, clips = config.hidden_size, len(text_lengths)
-    matrices = config.num_layers * (4 * width**2 + 3 * width * config.feed_forward_size)
-    used = layout.text_length + layout.video_tokens
-    in_and_out = layout.video_tokens * 2 * width * config.bits
-    pairs = visible_keys(layout, text_lengths, frame_mask, config.window)[:used].sum().double()
-    return 3.0 * (2.0 * clips * (matrices * used + in_and_out) + 4.0 * width * config.num_layers * pairs)
 
 
 def published_peak(name: str) -> float | None:
