@@ -315,8 +315,12 @@ class Trainer:
         Raises:
             UserError: it is the last save of this process, and the last try has failed, too.
         """
+        seconds = [position.productive_seconds]
+        dist.broadcast_object_list(
+            seconds, src=0
+        )  # each process has a clock of its own, and what is common is the same on all
         common = {
-            "position": vars(position),
+            "position": vars(position) | {"productive_seconds": seconds[0]},
             "model": stage.model.to_dict(),
             "export": self.plan.export_info(stage.index),
             "tokenizer": self.plan.tokenizer,
