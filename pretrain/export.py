@@ -19,6 +19,7 @@ from inference.weight_files import INDEX_FILE
 from parallel import checkpoint as checkpoints
 from parallel.convert import gather_reference
 from parallel.ema import Ema
+from parallel.integrity import damage
 from parallel.setup import ParallelConfig, destroy, initialize
 from parallel.train_step import build_model
 from pretrain.model_card import CARD, PICTURE, Sampling, write_card
@@ -59,13 +60,15 @@ def export(
         sampling: whether and how the model card shows a sample; None: one, where the model is small.
 
     Raises:
-        UserError: the checkpoint is missing or incomplete, the tokenizer is another one, the logits differ, or `out` holds
+        UserError: the checkpoint is missing, incomplete or damaged, the tokenizer is another one, the logits differ, or `out` holds
             something else than an export.
     """
     folder, out = _resolve(Path(checkpoint)), Path(out)
     out = out.resolve() if out.is_symlink() else out
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"weights can't be stored as {dtype}: choose one of {', '.join(DTYPES)}.")
+    if (folder / checkpoints.MARKER).is_file() and (reason := damage(folder)) is not None:
+        raise UserError(f"the checkpoint {folder} is damaged ({reason}): export another one.")
     common = checkpoints.load_common(folder)
     source = Path(tokenizer or common["tokenizer"])
     fingerprint, _ = read_tokenizer(source)

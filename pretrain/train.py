@@ -54,7 +54,12 @@ def pretrain(config: PretrainConfig) -> Position:
         trainer = Trainer(config, plan, info, stop, watchdog, ledger)
         position = trainer.restore()
         if info.rank == 0:
-            trainer.watch_with(Watcher(config, plan, info, position.global_step, ledger))
+            try:
+                trainer.watch_with(Watcher(config, plan, info, position.global_step, ledger))
+            except OSError as error:
+                raise UserError(
+                    f"the run's files can't be written to {out} ({error}): make room or name another `out`."
+                ) from error
         if config.log_samples and info.first_of_its_clips:
             rank, size = info.data_parallel_rank, info.data_parallel_size
             trainer.samples = SampleLog(out, rank, size, position.global_step)

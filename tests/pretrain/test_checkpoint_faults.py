@@ -21,6 +21,7 @@ from parallel.integrity import damage
 from parallel.saving import SaveError
 from pretrain.config import PretrainConfig
 from pretrain.events import read_events
+from pretrain.export import export
 from pretrain.start import Position
 from pretrain.train import main_entry
 from pretrain.trainer import Trainer
@@ -98,6 +99,9 @@ def test_every_file_of_a_checkpoint_is_checked(tmp_path: Path) -> None:
     _flip(whole / names[-1])
     with pytest.raises(UserError, match=r"every checkpoint in .* is damaged .the newest, step-1: .*another checksum"):
         _run(file)
+    with pytest.raises(UserError, match=r"step-1 is damaged .*another checksum.*: export another one"):
+        export(tmp_path / "run", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
     assert checkpoint.latest(whole.parent) == whole
 
 
@@ -152,6 +156,16 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(
     )
     monkeypatch.undo()
     assert damage(folder / "step-4") is None and _run(file)
+
+
+def test_a_run_that_starts_on_a_full_disk_says_so(tmp_path: Path, small_disk: Path) -> None:
+    write_run(tmp_path)
+    file = write_run(tmp_path, out=str(small_disk / "run"), stages=[stage(tmp_path / "codes", 1)])
+    _fill(small_disk / "filler")
+    with pytest.raises(UserError, match="No space left on device.*make room"):
+        _run(file)
+    (small_disk / "filler").unlink()
+    assert _run(file)
 
 
 def test_the_last_save_is_tried_again_as_set(tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
