@@ -9,11 +9,12 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
+from parallel.checkpoint import latest
 from parallel.setup import ProcessInfo, destroy, initialize
 from pretrain.config import PretrainConfig
 from pretrain.sample_log import SampleLog
 from pretrain.stages import make_plan
-from pretrain.start import Position
+from pretrain.start import Position, exported_weights
 from pretrain.trainer import Trainer
 from pretrain.watchdog import watch
 from pretrain.watching.ledger import Ledger
@@ -50,6 +51,8 @@ def pretrain(config: PretrainConfig) -> Position:
         info = initialize(config.parallel, config.seed)
         check_batches(config, info)
         out = Path(config.out)
+        if config.from_export is not None and latest(out / "checkpoints") is None:
+            exported_weights(config.from_export, plan)  # is refused before there is anything in `out`
         watchdog = stack.enter_context(watch(config.resilience, out, info))
         trainer = Trainer(config, plan, info, stop, watchdog, ledger)
         position = trainer.restore()

@@ -109,7 +109,8 @@ def test_a_kill_after_a_bad_step_on_one_of_two_processes(tmp_path: Path) -> None
     words, options = ["--parallel.tensor_parallel_size", "2"], {"on_bad_step": "skip", "steps": 6, "every": 3}
     alone, cut = _file(tmp_path, "alone", **options), _file(tmp_path, "cut", **options)
     assert run_ranks(alone, 2, words, faults="nan@4:rank1") == [0, 0]
-    assert run_ranks(cut, 2, words, faults="nan@4:rank1,kill@6:rank1") == [-9, -9]
+    other, killed = run_ranks(cut, 2, words, faults="nan@4:rank1,kill@6:rank1")
+    assert killed == -9 and other != 0  # the other one may notice before it is ended
     assert run_ranks(cut, 2, words, faults="nan@4:rank1,kill@6:rank1") == [0, 0]
     assert _exact(tmp_path / "cut") == _exact(tmp_path / "alone")
     happened = [event["event"] for event in read_events(tmp_path / "cut") if event["event"] != "saved"]
