@@ -205,9 +205,19 @@ def _guidance(text: str) -> str | float:
 
 
 def evaluate_shapes(args: argparse.Namespace, _: list[str]) -> None:
-    from evaluation.videos import score_videos
+    from evaluation.videos import frame_range, score_videos
 
-    print(json.dumps(score_videos(args.videos, args.out), indent=2))
+    print(json.dumps(score_videos(args.videos, args.out, frame_range(args.frames)), indent=2))
+
+
+def evaluate_continuation(args: argparse.Namespace, _: list[str]) -> None:
+    from evaluation.continuation import evaluate_continuation as run
+
+    options = {"guidance": _guidance(args.guidance), "temperature": args.temperature}
+    result = run(
+        args.model, args.videos, args.out, args.clips, args.frames, args.given_frames, args.seed, args.device, **options
+    )
+    print(json.dumps(result, indent=2))
 
 
 def evaluate_reconstruction(args: argparse.Namespace, _: list[str]) -> None:
@@ -254,6 +264,16 @@ def demo(args: argparse.Namespace, words: list[str]) -> None:
     from pretrain.demo import demo as run
 
     run(settings.load(DemoConfig, args.config, words), args.out)
+
+
+def ablate(args: argparse.Namespace, words: list[str]) -> None:
+    from pretrain.ablation import ablate as run
+    from pretrain.ablation import table
+    from pretrain.ablation_config import AblationConfig
+
+    if not args.table:
+        run(settings.load(AblationConfig, args.config, words), args.out)
+    print(table(args.out), end="")
 
 
 def report(args: argparse.Namespace, _: list[str]) -> None:
@@ -532,6 +552,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     _folder(command, "--videos", "a CSV with the columns path,caption")
     command.add_argument("--out", type=Path, help="a JSON file for the scores")
+    command.add_argument("--frames", metavar="FIRST:LAST", help="score frames FIRST to LAST-1 only, such as 16:33")
+    command = add(
+        group, "continuation", evaluate_continuation,
+        "go on from the first frames of real videos of moving shapes, and compare with what really followed: how a model drifts",
+    )  # fmt: skip
+    _folder(command, "--model", "an exported model")
+    _folder(command, "--videos", "a CSV with the columns path,caption")
+    _folder(command, "--out", "the JSON file for the result")
+    command.add_argument("--clips", type=int, help="the first so many videos (default: all)")
+    command.add_argument("--frames", type=int, help="of each result, 1+4n (default: as trained)")
+    command.add_argument(
+        "--given-frames", type=int, default=5, help="real frames at the beginning, 1+4n (default: %(default)s)"
+    )
+    command.add_argument(
+        "--seed", type=int, default=0, help="of the first video; the others count on (default: %(default)s)"
+    )
+    command.add_argument("--guidance", default="t2v", help="ucf, t2v, or a number (default: %(default)s)")
+    command.add_argument(
+        "--temperature", type=float, default=1.0, help="of the drawn bits; 0: the likelier bit (default: %(default)s)"
+    )
+    command.add_argument("--device", default="cpu", help="where to run: cpu or cuda (default: %(default)s)")
     command = add(
         group, "reconstruction", evaluate_reconstruction,
         "score a tokenizer over many videos: PSNR, SSIM, LPIPS, rFVD, and how much of its bits it uses",
@@ -612,6 +653,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="the folder of the run (default: %(default)s)"
+    )
+
+    command = add(
+        verbs, "ablate", ablate,
+        "train and measure variations of a recipe with several seeds, and write the table with its spread; it goes on after a kill",
+        "pretrain.ablation_config:AblationConfig",
+    )  # fmt: skip
+    _folder(command, "--out", "the folder for the runs, ablation.json, ablation.md and ablation.png")
+    command.add_argument(
+        "--table", action="store_true", help="only write and print the table of what is finished so far"
     )
 
     command = add(verbs, "report", report, "write report.html and metrics.json of a demo run again")

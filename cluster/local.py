@@ -63,7 +63,7 @@ def run(
         stderr=subprocess.STDOUT,
         env=environment,
         start_new_session=True,
-        preexec_fn=_end_with_parent,
+        preexec_fn=end_with_parent,
     )
     meter = _PeakMemory(process.pid, sample)
     try:
@@ -88,7 +88,7 @@ def run(
     return meter.peak / 1e9
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Linux: this process gets SIGTERM when its parent dies, even by SIGKILL, so that no orphan goes on beside a second attempt."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 

@@ -68,6 +68,11 @@ def measure(clip: np.ndarray) -> Reading:
     return Reading(_colour(clip, alpha, mask), _shape(alpha, mask, centres), direction, speed)
 
 
+def places(clip: np.ndarray) -> np.ndarray:
+    """The centre (y, x) of each frame's shape in pixels, float [T, 2]; NaN in frames without one. `clip` is uint8 [T, H, W, 3]."""
+    return _centres(_alpha(clip), moving_foreground(clip))
+
+
 def score(clips: Iterable[np.ndarray], captions: Sequence[str]) -> dict[str, Any]:
     """The share of clips in which each attribute is the caption's; an attribute that is not found counts as wrong.
 

@@ -33,12 +33,27 @@ def read_table(table: Path) -> list[dict[str, str]]:
     return [{**row, "path": str(table.parent / row["path"])} for row in rows]
 
 
-def score_videos(table: Path, out: Path | None = None) -> dict[str, Any]:
+def frame_range(text: str | None) -> tuple[int, int] | None:
+    """FIRST:LAST as numbers; None stays.
+
+    Raises:
+        UserError: it is no such range, or an empty one.
+    """
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise UserError(f"'{text}' is no range of frames: write FIRST:LAST, such as 16:33.")
+    return int(first), int(last)
+
+
+def score_videos(table: Path, out: Path | None = None, frames: tuple[int, int] | None = None) -> dict[str, Any]:
     """Reads colour, shape, direction and speed off every video of a table (see `evaluation.shapes.score`).
 
     Args:
         table: a CSV with the columns path and caption.
         out: a JSON file for the scores.
+        frames: the first frame that counts and the one after the last; None: all. A video that has not so many counts as unreadable.
 
     Returns:
         the scores, and under "unreadable" one sentence for each video that can't be read, which counts as wrong in everything.
@@ -53,7 +68,10 @@ def score_videos(table: Path, out: Path | None = None) -> dict[str, Any]:
     def clips() -> Iterator[np.ndarray]:
         for row in track(rows, f"scoring {table}"):
             try:
-                yield read_video(Path(row["path"]))[0]
+                clip = read_video(Path(row["path"]))[0]
+                if frames is not None and len(clip) < frames[1]:
+                    raise UserError(f"the video {row['path']} has {len(clip)} frames, not {frames[1]}: score fewer.")
+                yield clip if frames is None else clip[slice(*frames)]
             except UserError as error:
                 unreadable.append(str(error))
                 yield np.zeros((1, 16, 16, 3), np.uint8)  # nothing to read: wrong in everything

@@ -26,6 +26,8 @@ class ErrorCorrectionConfig:
     Args:
         p_min, p_max: ends of the interval that the flip ratio of frame 0 is drawn from; p_max = 0 turns flipping off.
         delta: how far both ends move with each frame.
+        inherit: the first scale of a frame t > 0 starts from the ratio of the last scale of the frame before (error inheritance); off, the
+            ablation's baseline: it is drawn as at the other scales.
 
     Raises:
         UserError: ends outside [0, 0.5] or in the wrong order, or a negative delta.
@@ -34,6 +36,7 @@ class ErrorCorrectionConfig:
     p_min: float = 0.0
     p_max: float = 0.25
     delta: float = 0.01
+    inherit: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.p_min <= max(self.p_max, 0) or not 0 <= self.p_max <= MAX_RATIO or self.delta < 0:
@@ -51,8 +54,8 @@ class ErrorCorrectionConfig:
 def flip_ratios(config: ErrorCorrectionConfig, draws: Tensor) -> Tensor:
     """The flip ratio of each frame and scale (Eq. 8).
 
-    p ~ U(p_min + delta t, p_max + delta t); at the first scale of a frame t > 0 the lower end is the ratio of the last scale of
-    the frame before. The ends are clamped to [0, 0.5], then the lower one to the upper one.
+    p ~ U(p_min + delta t, p_max + delta t); with `inherit` the lower end at the first scale of a frame t > 0 is the ratio of the
+    last scale of the frame before. The ends are clamped to [0, 0.5], then the lower one to the upper one.
 
     Args:
         config: the interval.
@@ -68,7 +71,7 @@ def flip_ratios(config: ErrorCorrectionConfig, draws: Tensor) -> Tensor:
         upper = min(max(config.p_max + config.delta * frame, 0.0), MAX_RATIO)
         lower = min(max(config.p_min + config.delta * frame, 0.0), upper)
         ratios[:, frame] = lower + (upper - lower) * draws[:, frame]
-        if frame:
+        if frame and config.inherit:
             inherited = ratios[:, frame - 1, -1].clamp(0.0, upper)
             ratios[:, frame, 0] = inherited + (upper - inherited) * draws[:, frame, 0]
     return ratios

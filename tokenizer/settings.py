@@ -39,7 +39,7 @@ def load(kind: type[T], file: str | Path | None = None, overrides: Sequence[str]
     overrides = [_underscored(word) for word in overrides]
     for word in overrides:
         if word.startswith("--"):
-            _check_key(kind, word[2:].split("=", 1)[0], "the command line")
+            check_key(kind, word[2:].split("=", 1)[0], "the command line")
     try:
         namespace = parser.parse_args([*words, *overrides])
         values = parser.instantiate_classes(namespace)
@@ -65,6 +65,21 @@ def to_dict(config: Any) -> dict[str, Any]:
         return value
 
     return plain(dataclasses.asdict(config))
+
+
+def from_dict(kind: type[T], values: dict[str, Any]) -> T:
+    """The configuration that `to_dict` writes as `values`.
+
+    Raises:
+        UserError: a value is ill-typed.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind)
+    try:
+        instances = parser.instantiate_classes(parser.parse_object(values))
+        return kind(**{name: instances[name] for name in _fields(kind)})
+    except (ArgumentError, TypeError) as error:
+        raise UserError(f"the settings do not fit {kind.__name__}: {_first_lines(error)}.") from error
 
 
 def known_keys(kind: Any) -> Iterator[str]:
@@ -100,7 +115,7 @@ def _checked_file(kind: type, file: Path) -> Path:
     if not isinstance(content, dict):
         raise UserError(f"the configuration file {file} must hold a mapping of keys, not a {type(content).__name__}.")
     for key in _keys_in(kind, content):
-        _check_key(kind, key, str(file))
+        check_key(kind, key, str(file))
     return file
 
 
@@ -118,7 +133,8 @@ def _keys_in(kind: Any, content: dict, prefix: str = "") -> Iterator[str]:
                     yield from _keys_in(element, entry, f"{prefix}{key}.")
 
 
-def _check_key(kind: type, key: str, where: str) -> None:
+def check_key(kind: type, key: str, where: str) -> None:
+    """Raises UserError, with the nearest known key, unless `kind` has the dotted `key` of `where` (the sentence's subject)."""
     known = list(known_keys(kind))
     head = re.sub(r"\+$", "", key)
     if head in known:

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.local import _end_with_parent
+from cluster.local import end_with_parent
 
 
 class RayHead:
@@ -92,7 +92,7 @@ def ray_head(num_cpus: int) -> Iterator[RayHead]:
             [Path(sys.executable).with_name("ray"), "start", "--head", "--block", f"--num-cpus={num_cpus}",
              *(f"--{name}={port}" for name, port in zip(names, ports)), "--dashboard-agent-grpc-port=0",
              f"--object-store-memory={100 << 20}", f"--temp-dir={folder}", "--include-log-monitor=false"],
-            env=head.environment | {"RAY_AUTH_MODE": "token"}, stdout=out, stderr=out, preexec_fn=_end_with_parent,
+            env=head.environment | {"RAY_AUTH_MODE": "token"}, stdout=out, stderr=out, preexec_fn=end_with_parent,
         )  # fmt: skip
     try:
         head.process = psutil.Process(process.pid)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.local import _end_with_parent
+from cluster.local import end_with_parent
 from cluster.ray_job import DESCRIPTION, RayJobConfig, submit_encode
 from data_pipelines.encode import EncodeConfig
 from data_pipelines.encode_metrics import EncodeMetrics
@@ -39,7 +39,7 @@ sys.exit(submit_encode(encode, RayJobConfig(**job), wait))
 
 
 def _as_in_a_terminal() -> None:
-    _end_with_parent()
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores it, and so would its children
 
 

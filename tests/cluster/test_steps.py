@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.chains import Chain, run_chains
 from cluster.local import CommandFailed, run
 from cluster.steps import Ledger, Step
 
@@ -65,6 +66,30 @@ def test_memory_of_children_counts_and_threads_are_set(tmp_path):
     )
     assert 0.15 < peak < 0.4
     assert (tmp_path / "log").read_text().strip() == "3"
+
+
+def test_chains_go_side_by_side_and_one_that_fails_stops_no_other(tmp_path):
+    def meet(mine, other):
+        """Ends only if the other chain runs at the same time."""
+        code = f"""
+import pathlib, sys, time
+pathlib.Path({str(tmp_path / mine)!r}).touch()
+for _ in range(300):
+    if pathlib.Path({str(tmp_path / other)!r}).exists(): sys.exit(0)
+    time.sleep(0.1)
+sys.exit(4)"""
+        return python(code)
+
+    commands = {"a": [meet("a", "b")], "b": [meet("b", "a"), python("raise SystemExit(3)")], "c": [python("pass")]}
+    chains = [
+        Chain(name, tmp_path / f"chain-{name}", tuple(Step(str(i), (c,)) for i, c in enumerate(its)))
+        for name, its in commands.items()
+    ]
+    ends = {}
+    run_chains(chains, 2, lambda chain, done: ends.update({chain.name: done}))
+    assert ends == {"a": True, "b": False, "c": True}
+    entries = json.loads((tmp_path / "chain-b" / "steps.json").read_text())
+    assert entries["0"]["done"] and not entries["1"]["done"]
 
 
 @pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGKILL])

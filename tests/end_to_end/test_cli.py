@@ -15,7 +15,7 @@ VERBS = [
     ["corpus"], ["shards"], ["tokenizer", "train"], ["tokenizer", "inflate"], ["tokenizer", "reconstruct"], ["encode"],
     ["pretrain"], ["plan"],
     ["export"], ["generate"], ["info"], ["evaluate", "shapes"], ["evaluate", "reconstruction"], ["evaluate", "fvd"],
-    ["evaluate", "vbench"], ["demo"], ["report"], ["status"], ["samples"],
+    ["evaluate", "vbench"], ["evaluate", "continuation"], ["ablate"], ["demo"], ["report"], ["status"], ["samples"],
 ]  # fmt: skip
 
 
@@ -32,7 +32,9 @@ def test_every_verb_explains_itself(capsys, verb):
     assert stop.value.code == 0 and "usage: videoar" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("verb", [["shards"], ["tokenizer", "train"], ["encode"], ["pretrain"], ["demo"]], ids="-".join)
+@pytest.mark.parametrize(
+    "verb", [["shards"], ["tokenizer", "train"], ["encode"], ["pretrain"], ["demo"], ["ablate"]], ids="-".join
+)
 def test_every_setting_is_explained(capsys, verb):
     with pytest.raises(SystemExit) as stop:
         videoar.main([*verb, "--help-settings"])

@@ -100,7 +100,7 @@ def test_a_stage_setting_has_an_effect(base: tuple[Path, float], name: str) -> N
 
 def test_error_correction_settings_have_an_effect(base: tuple[Path, float]) -> None:
     folder, loss = base
-    for number, correction in enumerate(({"p_min": 0.2}, {"p_max": 0.2}, {"delta": 0.1})):
+    for number, correction in enumerate(({"p_min": 0.2}, {"p_max": 0.2}, {"delta": 0.1}, {"inherit": False})):
         assert _loss(folder, f"correction {number}", {"error_correction": correction}) != loss
 
 

@@ -175,6 +175,16 @@ def test_the_paper_values_by_hand() -> None:
     torch.testing.assert_close(ratios, expected)
 
 
+def test_without_inheritance_a_first_scale_is_drawn_as_the_others() -> None:
+    draws = torch.rand(3, 4, 3, generator=torch.Generator().manual_seed(0))
+    with_it = flip_ratios(ErrorCorrectionConfig(0.05, 0.25, 0.02), draws)
+    without = flip_ratios(ErrorCorrectionConfig(0.05, 0.25, 0.02, inherit=False), draws)
+    lower = 0.05 + 0.02 * torch.arange(4)[None, :, None]
+    torch.testing.assert_close(without, lower + 0.2 * draws)
+    changed = with_it != without
+    assert changed[:, 1:, 0].all() and not changed[:, 0].any() and not changed[:, :, 1:].any()
+
+
 def test_flips_follow_the_ratios_and_zero_means_none() -> None:
     ratios = torch.tensor([[[0.0, 0.1, 0.3, 0.5]]]).expand(BATCH, 1, 4)
     draws = torch.rand(BATCH, 1, SCHEDULE.tokens_per_frame, 4096, generator=torch.Generator().manual_seed(0))
