@@ -48,7 +48,7 @@ class AblationEvaluation:
         frames: length of the generated videos, 1+4n; longer than trained: the end shows drift.
         guidance, temperature: of the generated videos.
         device: where videos are generated and measured: cpu or cuda.
-        windows: FIRST:LAST frames of the generated videos to score as moving shapes, each by itself; none: they are not.
+        windows: "FIRST:LAST" frames (in quotes) of the generated videos to score as moving shapes, each by itself; none: they are not.
         continuation: a table of real videos of moving shapes whose beginnings are continued and compared; null: none.
         continuation_clips: how many of them.
         given_frames: real frames that a continuation begins with, 1+4n.

@@ -155,7 +155,7 @@ def test_the_shipped_ablations_load_and_each_row_is_another_recipe(file: Path) -
         (["--evaluation.prompts", "none.csv"], "none.csv"),
         (["--evaluation.continuation", "none.csv"], "none.csv"),
         (["--evaluation.guidance", "much"], "evaluation.guidance is 'much'"),
-        (["--evaluation.windows", "[9:3]"], "'9:3' is no range of frames"),
+        (["--evaluation.windows", '["9:3"]'], "'9:3' is no range of frames"),
         (["--evaluation.i3d", "i3d.pt"], "belong together"),
         (["--evaluation.device", "gpu"], "no device 'gpu'"),
         (["--base", "none.yaml"], "none.yaml does not exist"),
