@@ -163,5 +163,7 @@ def test_encodings_come_in_parts_or_on_a_ray_cluster(
 def test_what_slurm_refuses_is_told(scene: SlurmScene, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(RuntimeError, match="status 2"):
         scene.submit("refused", "--partition=nowhere")
-    assert "SLURM refuses the job (Batch job submission failed: Invalid partition name" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    # with a line of its own before it where the controller answers first
+    assert "SLURM refuses the job (" in said and "Batch job submission failed: Invalid partition name" in said
     assert (scene.out("refused") / "slurm" / "videoar.sbatch").is_file()
