@@ -515,13 +515,7 @@ def _parser() -> argparse.ArgumentParser:
     length.add_argument("--seconds", type=float, help="length of the video")
     length.add_argument("--frames", type=int, help="length of the video in frames, 1+4n")
     command.add_argument("--samples", type=int, default=1, help="videos a prompt (default: %(default)s)")
-    command.add_argument(
-        "--seed", type=int, default=0, help="of the first video; the others count on (default: %(default)s)"
-    )
-    command.add_argument("--guidance", default="t2v", help="ucf, t2v, or a number (default: %(default)s)")
-    command.add_argument(
-        "--temperature", type=float, default=1.0, help="of the drawn bits; 0: the likelier bit (default: %(default)s)"
-    )
+    _drawing(command)
     command.add_argument("--batch-size", type=int, default=16, help="videos at once (default: %(default)s)")
     command.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
     _speed(command)
@@ -565,13 +559,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--given-frames", type=int, default=5, help="real frames at the beginning, 1+4n (default: %(default)s)"
     )
-    command.add_argument(
-        "--seed", type=int, default=0, help="of the first video; the others count on (default: %(default)s)"
-    )
-    command.add_argument("--guidance", default="t2v", help="ucf, t2v, or a number (default: %(default)s)")
-    command.add_argument(
-        "--temperature", type=float, default=1.0, help="of the drawn bits; 0: the likelier bit (default: %(default)s)"
-    )
+    _drawing(command)
     command.add_argument("--device", default="cpu", help="where to run: cpu or cuda (default: %(default)s)")
     command = add(
         group, "reconstruction", evaluate_reconstruction,
@@ -641,9 +629,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--samples", type=int, default=5, help="videos a prompt (default: %(default)s)")
     command.add_argument("--seconds", type=float, help="length of the videos (default: as trained)")
-    command.add_argument("--seed", type=int, default=0, help="of the first video (default: %(default)s)")
-    command.add_argument("--guidance", default="t2v", help="ucf, t2v, or a number (default: %(default)s)")
-    command.add_argument("--temperature", type=float, default=1.0, help="of the drawn bits (default: %(default)s)")
+    _drawing(command)
     command.add_argument("--batch-size", type=int, default=16, help="videos at once (default: %(default)s)")
     command.add_argument("--device", default="cpu", help="where to run: cpu or cuda (default: %(default)s)")
     command.add_argument("--generate-only", action="store_true", help="make the videos, and measure elsewhere")
@@ -674,6 +660,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _folder(command: argparse.ArgumentParser, name: str, text: str) -> None:
     command.add_argument(name, type=Path, required=True, help=text)
+
+
+def _drawing(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--seed", type=int, default=0, help="of the first video; the others count on (default: %(default)s)"
+    )
+    command.add_argument("--guidance", default="t2v", help="ucf, t2v, or a number (default: %(default)s)")
+    command.add_argument(
+        "--temperature", type=float, default=1.0, help="of the drawn bits; 0: the likelier bit (default: %(default)s)"
+    )
 
 
 def _speed(command: argparse.ArgumentParser) -> None:

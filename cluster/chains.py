@@ -73,10 +73,8 @@ def _walk(chain: Chain, parent: int) -> None:
         sys.exit(143)  # it was gone already
     for name in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(name, lambda *_: sys.exit(143))  # leaves through `run`, which ends the step's processes
-    ledger = Ledger(chain.folder)
-    for number, step in enumerate(chain.steps, 1):
-        try:
-            ledger.run(step, f"{chain.name}, {number}/{len(chain.steps)}")
-        except CommandFailed as error:
-            print(f"{chain.name} stopped at step {step.name}: {error}", file=sys.stderr, flush=True)
-            sys.exit(1)
+    try:
+        Ledger(chain.folder).walk(chain.steps, f"{chain.name}, ")
+    except CommandFailed as error:
+        print(f"{chain.name} stopped at {error}", file=sys.stderr, flush=True)
+        sys.exit(1)

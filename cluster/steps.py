@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.local import run
+from cluster.local import CommandFailed, run
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,22 @@ class Ledger:
         entry["done"] = True
         sample(0.0)
         print(f"[{position}] {step.name}: {entry['seconds']:.0f} s, peak {entry['peak_gb']:.2f} GB", flush=True)
+
+    def walk(self, steps: Sequence[Step], prefix: str = "") -> None:
+        """Runs the steps of a chain that are not done.
+
+        Args:
+            steps: in their order.
+            prefix: stands before "3/8" in the lines that announce them.
+
+        Raises:
+            CommandFailed: a command failed; the message begins with its step.
+        """
+        for number, step in enumerate(steps, 1):
+            try:
+                self.run(step, f"{prefix}{number}/{len(steps)}")
+            except CommandFailed as error:
+                raise CommandFailed(f"step {step.name}: {error}") from error
 
     def _write(self) -> None:
         temporary = self.file.with_suffix(f".{os.getpid()}")

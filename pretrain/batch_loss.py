@@ -19,44 +19,54 @@ from pretrain.planning.flops import count
 from pretrain.stages import StagePlan, layout_for
 
 
-def batch_loss(
-    chunks: Sequence[DistributedDataParallel],
-    batch: CodeBatch,
-    stage: StagePlan,
-    model: ModelConfig,
-    parallel: ParallelConfig,
-    info: ProcessInfo,
-    training: bool,
-    factor: float = 1.0,
-) -> tuple[StepResult, int, float]:
-    """Loss (and gradients, in training) of a global batch; its number of predicted tokens; and its model FLOPs in a training step, as if
-    the other ranks' clips were like this rank's.
+def microbatches(
+    batch: CodeBatch, stage: StagePlan, model: ModelConfig, parallel: ParallelConfig, info: ProcessInfo, training: bool
+) -> list[Microbatch]:
+    """This rank's part of a global batch as the parallel model takes it.
 
     Args:
-        chunks: of `build_model`.
         batch: this rank's part.
         stage: objective and sizes.
         model, parallel, info: the network, its layout, this process.
-        training: with flips, frame masks, dropped conditions and gradients.
-        factor: what the loss is multiplied by: 1 but for a fault on purpose.
+        training: with flips, frame masks and dropped conditions.
     """
     # as many microbatches of every source: with a token budget their clips differ in number
     share = stage.config.global_batch_size // info.data_parallel_size
     micro = len(batch) * stage.config.micro_batch_size // share
     batch = batch.to(info.device)
     parts = [batch.rows(start, start + micro) for start in range(0, len(batch), micro)]
-    microbatches = [microbatch(part, stage.objective, model, parallel, training) for part in parts]
+    return [microbatch(part, stage.objective, model, parallel, training) for part in parts]
+
+
+def batch_loss(
+    chunks: Sequence[DistributedDataParallel],
+    parts: Sequence[Microbatch],
+    stage: StagePlan,
+    training: bool,
+    factor: float = 1.0,
+) -> StepResult:
+    """Loss (and gradients, in training) of a global batch.
+
+    Args:
+        chunks: of `build_model`.
+        parts: this rank's microbatches.
+        stage: its objective's weights.
+        training: with gradients.
+        factor: what the loss is multiplied by: 1 but for a fault on purpose.
+    """
 
     def loss(logits: Tensor, one: Microbatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         total, clips, report = bitwise_loss(logits, one.targets, one.layout, stage.objective.token_weight)
         return total if factor == 1 else total * factor, clips, report
 
-    result = forward_backward(chunks, microbatches, loss, training)
-    pairs = [visible_keys(one.layout, one.text_lengths, one.frame_mask, model.window).sum() for one in microbatches]
-    lengths = torch.cat([one.text_lengths for one in microbatches])
-    flops = count(model, microbatches[0].layout, lengths, int(torch.stack(pairs).sum()))
-    tokens = result.clips * batch.tokens.shape[1] * batch.tokens.shape[2]
-    return result, tokens, flops.model * info.data_parallel_size
+    return forward_backward(chunks, parts, loss, training)
+
+
+def batch_flops(parts: Sequence[Microbatch], model: ModelConfig, info: ProcessInfo) -> float:
+    """Model FLOPs of a training step on a global batch, as if the other ranks' clips were like this rank's `parts`."""
+    pairs = [visible_keys(one.layout, one.text_lengths, one.frame_mask, model.window).sum() for one in parts]
+    lengths = torch.cat([one.text_lengths for one in parts])
+    return count(model, parts[0].layout, lengths, int(torch.stack(pairs).sum())).model * info.data_parallel_size
 
 
 def microbatch(

@@ -75,11 +75,10 @@ def demo(config: DemoConfig, out: Path) -> None:
         )
     for name in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, lambda *_: sys.exit(143))  # leaves through `run`, which ends the step's processes
-    for number, step in enumerate(steps, 1):
-        try:
-            ledger.run(step, f"{number}/{len(steps)}")
-        except CommandFailed as error:
-            raise UserError(f"the demo stopped at step {step.name}: {error}") from error
+    try:
+        ledger.walk(steps)
+    except CommandFailed as error:
+        raise UserError(f"the demo stopped at {error}") from error
     print(f"the report is {out / 'report.html'}, the numbers are in {out / 'metrics.json'}", flush=True)
 
 

@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from evaluation.json_lines import whole_lines
+
 FILE = "events.jsonl"
 
 
@@ -38,11 +40,5 @@ def write_event(out: Path, event: str, global_step: int, **details: Any) -> None
 
 def read_events(out: Path) -> list[dict[str, Any]]:
     """All events of a run, oldest first; a line that a kill or a full disk cut short is left out."""
-    events = []
-    if (out / FILE).exists():
-        for line in (out / FILE).read_text().splitlines():
-            try:
-                events.append(json.loads(line))
-            except ValueError:
-                continue
-    return events
+    file = out / FILE
+    return list(whole_lines(file)) if file.exists() else []

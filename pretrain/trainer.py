@@ -24,7 +24,7 @@ from parallel.train_step import (
     build_optimizer,
     gradient_norm,
 )
-from pretrain.batch_loss import batch_loss
+from pretrain.batch_loss import batch_flops, batch_loss, microbatches
 from pretrain.config import PretrainConfig
 from pretrain.events import read_events, write_event
 from pretrain.faults import Faults
@@ -95,7 +95,7 @@ class Trainer:
         self.history = events[0]
         self.faults = Faults(info.rank, self.out, self.history)
         self.watcher: Watcher | None = None
-        self.flops = 0.0  # model FLOPs of the newest global batch
+        self.flops = 0.0  # model FLOPs of the newest global batch, where they are watched
         self.samples: SampleLog | None = None
 
     def restore(self) -> Position:
@@ -303,11 +303,12 @@ class Trainer:
 
     def _loss(self, stage: StagePlan, batch: CodeBatch, training: bool, factor: float = 1.0) -> tuple[StepResult, int]:
         self.watchdog.beat("computing" if training else "validating")
-        model, parallel = self.plan.model, self.config.parallel
-        result, tokens, flops = batch_loss(self.chunks, batch, stage, model, parallel, self.info, training, factor)
-        if training:
-            self.flops = flops
-        return result, tokens
+        model = self.plan.model
+        parts = microbatches(batch, stage, model, self.config.parallel, self.info, training)
+        result = batch_loss(self.chunks, parts, stage, training, factor)
+        if training and self.watcher is not None:
+            self.flops = batch_flops(parts, model, self.info)
+        return result, result.clips * batch.tokens.shape[1] * batch.tokens.shape[2]
 
     def _save(self, position: Position, stage: StagePlan, last: bool = False) -> None:
         """Saves a position; one that can't be written is warned of, and the training goes on.
@@ -315,10 +316,9 @@ class Trainer:
         Raises:
             UserError: it is the last save of this process, and the last try has failed, too.
         """
+        # each process has a clock of its own, and what is common is the same on all
         seconds = [position.productive_seconds]
-        dist.broadcast_object_list(
-            seconds, src=0
-        )  # each process has a clock of its own, and what is common is the same on all
+        dist.broadcast_object_list(seconds, src=0)
         common = {
             "position": vars(position) | {"productive_seconds": seconds[0]},
             "model": stage.model.to_dict(),
