@@ -81,7 +81,8 @@ def _write_mp4(frames: np.ndarray, file: Path, fps: float, crf: int, text: str |
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         # 4:2:0, which browsers and hardware decoders take
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        stream.options = {"crf": str(crf), "preset": "veryfast"}
+        # the same frames give the same file: else x264 reads past small frames, and decides by what happens to lie there
+        stream.options = {"crf": str(crf), "preset": "veryfast", "x264-params": "cpu-independent=1"}
         stream.codec_context.thread_count = 1  # small frames; processes share the cores
         for pixels in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))

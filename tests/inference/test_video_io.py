@@ -73,3 +73,19 @@ def test_nothing_half_written(tmp_path):
     with pytest.raises(UserError, match="sides are even"):
         write_video(grey_steps(2, (31, 32)), tmp_path / "clip.mp4")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_the_same_frames_give_the_same_file(tmp_path, side):
+    """Whatever lies in the memory around them."""
+    noise = np.random.default_rng(0)
+    frames = noise.integers(20, 40, (17, side, side, 3), dtype=np.uint8)
+    for number, frame in enumerate(frames):
+        frame[8:20, 4 + number % 8 : 14 + number % 8] = 200
+    written = set()
+    for length in range(1, 3000, 75):
+        around = [np.full(length + step, length % 251, dtype=np.uint8) for step in range(300)]
+        write_video(frames, tmp_path / "clip.mp4")
+        written.add((tmp_path / "clip.mp4").read_bytes())
+        del around
+    assert len(written) == 1
