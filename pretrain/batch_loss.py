@@ -20,14 +20,14 @@ from pretrain.stages import StagePlan, layout_for
 
 
 def microbatches(
-    batch: CodeBatch, stage: StagePlan, model: ModelConfig, parallel: ParallelConfig, info: ProcessInfo, training: bool
+    batch: CodeBatch, stage: StagePlan, parallel: ParallelConfig, info: ProcessInfo, training: bool
 ) -> list[Microbatch]:
     """This rank's part of a global batch as the parallel model takes it.
 
     Args:
         batch: this rank's part.
-        stage: objective and sizes.
-        model, parallel, info: the network, its layout, this process.
+        stage: objective, network and sizes.
+        parallel, info: the network's layout, this process.
         training: with flips, frame masks and dropped conditions.
     """
     # as many microbatches of every source: with a token budget their clips differ in number
@@ -35,7 +35,7 @@ def microbatches(
     micro = len(batch) * stage.config.micro_batch_size // share
     batch = batch.to(info.device)
     parts = [batch.rows(start, start + micro) for start in range(0, len(batch), micro)]
-    return [microbatch(part, stage.objective, model, parallel, training) for part in parts]
+    return [microbatch(part, stage.objective, stage.model, parallel, training) for part in parts]
 
 
 def batch_loss(

@@ -29,7 +29,7 @@ class NetworkConfig:
         rope_theta: base of the rotary frequencies.
         rope_scaled_spatial: spatial positions are scaled to the finest grid.
         norm_eps: RMSNorm's epsilon.
-        window: earlier frames that a frame sees; null: all.
+        window: earlier frames that a frame sees, in the stages that set none of their own; null: all.
         context_block: each finished frame enters the context once more as its full sum.
         input_down: how accumulated features come to a scale's grid (Eq. 2).
     """
@@ -110,6 +110,7 @@ class StageConfig:
         lr: peak learning rate; null: the optimizer's.
         warmup_steps: null: the optimizer's.
         error_correction: flip ratios.
+        window: earlier frames that a frame sees; null: the network's.
         p_mask: Random Frame Mask's probability.
         condition_dropout: probability that a clip's text is replaced by the null sequence.
         token_weight: "uniform" or "scale" (sqrt(HW / H_k W_k)).
@@ -126,6 +127,7 @@ class StageConfig:
     lr: float | None = None
     warmup_steps: int | None = None
     error_correction: ErrorCorrectionConfig = field(default_factory=ErrorCorrectionConfig)
+    window: int | None = None
     p_mask: float = 0.0
     condition_dropout: float = 0.1
     token_weight: TokenWeight = "uniform"
@@ -142,6 +144,8 @@ class StageConfig:
             raise UserError(
                 f"stage '{self.name}' has a token_budget of {self.token_budget}: choose at least 1, or null."
             )
+        if self.window is not None and self.window < 1:
+            raise UserError(f"stage '{self.name}' has a window of {self.window}: choose at least 1 frame, or null.")
         probabilities, where = ("p_mask", "condition_dropout"), f"stage '{self.name}': "
         check_each(self, probabilities, lambda value: 0 <= value <= 1, "be from 0 to 1", where)
         if not self.codes:

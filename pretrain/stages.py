@@ -56,7 +56,7 @@ class StagePlan:
         manifests: of the sources, in their order.
         validation: the validation clips, likewise; none: there is no validation.
         objective: what `objective.prepare` needs.
-        model: the network's configuration when this stage ends: the finest grids and the most frames trained on so far.
+        model: the network's configuration in this stage: its window, the finest grids and the most frames trained on so far.
     """
 
     index: int
@@ -280,6 +280,8 @@ def _model_config(
         frames = max(frames, before.num_frames)
         schedule = max(schedule, before.schedule, key=lambda one: one.tokens_per_frame)
     network = asdict(run.network)
+    if stage.window is not None:
+        network["window"] = stage.window
     by_class = network.pop("condition") == "class"
     num_classes = len(finest.classes) if by_class else 0
     if by_class and not num_classes:

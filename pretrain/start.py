@@ -13,7 +13,7 @@ from pretrain.config import PretrainConfig
 from pretrain.stages import Plan
 from tokenizer.errors import UserError
 
-LATER = ("scales", "num_frames", "fps")
+LATER = ("scales", "num_frames", "fps", "window")
 """What a later run or stage may change of a network: no weight depends on it."""
 
 

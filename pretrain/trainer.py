@@ -15,6 +15,7 @@ from data_pipelines.code_stream import CodeBatch, CodeStream
 from parallel import checkpoint
 from parallel.ema import Ema
 from parallel.integrity import newest_sound
+from parallel.model import unwrap
 from parallel.saving import SaveError, Saver
 from parallel.setup import ProcessInfo
 from parallel.train_step import (
@@ -121,6 +122,8 @@ class Trainer:
         if position.stream is not None:
             stream.load_state_dict(position.stream)
         self.spikes.load_state_dict(position.spikes)
+        for chunk in self.chunks:
+            unwrap(chunk).model_config = stage.model
         step, productive = position.step, position.productive_seconds
         offset = position.global_step - step  # of the stages before
         label = f"pretrain {stage.config.name} ({stage.index + 1}/{len(self.plan.stages)})"
@@ -184,7 +187,7 @@ class Trainer:
             try:
                 batch = next(stream)
             except UserError:
-                # a scheduler that ends a job sends its signal to the processes that read data, too, which die of it
+                # a scheduler that ends a job sends its signal to the processes that read data, too, which die of it, maybe first
                 if not self.stop.requested:
                     time.sleep(SIGNAL_DELAY)
                 if not self.stop.requested:
@@ -303,11 +306,10 @@ class Trainer:
 
     def _loss(self, stage: StagePlan, batch: CodeBatch, training: bool, factor: float = 1.0) -> tuple[StepResult, int]:
         self.watchdog.beat("computing" if training else "validating")
-        model = self.plan.model
-        parts = microbatches(batch, stage, model, self.config.parallel, self.info, training)
+        parts = microbatches(batch, stage, self.config.parallel, self.info, training)
         result = batch_loss(self.chunks, parts, stage, training, factor)
         if training and self.watcher is not None:
-            self.flops = batch_flops(parts, model, self.info)
+            self.flops = batch_flops(parts, stage.model, self.info)
         return result, result.clips * batch.tokens.shape[1] * batch.tokens.shape[2]
 
     def _save(self, position: Position, stage: StagePlan, last: bool = False) -> None:

@@ -124,10 +124,10 @@ class StageLoad:
 
 def stage_loads(run: PretrainConfig, shapes: Shapes) -> list[StageLoad]:
     """All stages of a run."""
-    model = shapes.plan.model
-    text = 1 if model.num_classes else min(run.expected.text_tokens, model.max_text_length)
-    found = []
+    network, found = shapes.plan.model, []
+    text = 1 if network.num_classes else min(run.expected.text_tokens, network.max_text_length)
     for stage in shapes.plan.stages:
+        model = stage.model
         whole = sum(source.proportion for source in stage.sources)
         loads = []
         for source, manifest in zip(stage.sources, stage.manifests):

@@ -79,7 +79,6 @@ def _network(shapes: Shapes) -> dict[str, Any]:
         "hidden_size": model.hidden_size,
         "heads": model.num_attention_heads,
         "bits": model.bits,
-        "window": model.window,
     }
 
 
@@ -122,6 +121,7 @@ def _stage(load: StageLoad, option: Any, best: Option, gpu: Gpu, search: Search,
     return {
         "name": stage.name,
         "steps": stage.steps,
+        "window": load.model.window,
         "shapes": shapes,
         "microbatches": stage.global_batch_size // stage.micro_batch_size // _layout(best)["data_parallel_size"],
         "memory": {**asdict(option.memory), "total": option.memory.total, "usable": gpu.usable_bytes},

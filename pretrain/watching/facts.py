@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from inference.config import ModelConfig
 from parallel.setup import ProcessInfo
 from pretrain.planning.flops import count
 from pretrain.stages import Plan, StagePlan
@@ -32,15 +31,15 @@ def write_facts(out: Path, plan: Plan, info: ProcessInfo, began: float, peak: fl
         "devices": info.world_size,
         "peak_flops": peak,
         "peak_source": source,
-        "stages": [stage_facts(stage, plan.model) for stage in plan.stages],
+        "stages": [stage_facts(stage) for stage in plan.stages],
     }
     write_whole(out / FILE, json.dumps(content, indent=1))
 
 
-def stage_facts(stage: StagePlan, model: ModelConfig) -> dict[str, Any]:
+def stage_facts(stage: StagePlan) -> dict[str, Any]:
     """A stage's name and steps, and predicted tokens and model FLOPs of a step, as means over its sources, with whole texts and no frame
     hidden."""
-    shares = [source.proportion for source in stage.sources]
+    model, shares = stage.model, [source.proportion for source in stage.sources]
     tokens = flops = 0.0
     for source, manifest, share in zip(stage.sources, stage.manifests, shares):
         schedule = manifest.buckets[source.bucket or 0].scale_schedule

@@ -42,6 +42,7 @@ RUN = {
     "parallel.precision": "bfloat16",
 }
 STAGE = {
+    "window": 1,
     "p_mask": 0.9,
     "condition_dropout": 0.9,
     "token_weight": "scale",

@@ -76,6 +76,34 @@ def test_three_stages_and_export(tmp_path: Path) -> None:
         export(tmp_path / "run", tmp_path / "other", tmp_path / "other_tokenizer")
 
 
+def test_each_stage_has_a_window_of_its_own(tmp_path: Path) -> None:
+    write_codes(tmp_path / "codes", write_tokenizer(tmp_path / "tokenizer"), frames=4, clips=8)
+    runs: dict[str, list[float]] = {}
+    for name, windows, network in (("own", (1, None), None), ("one", (None, None), 1), ("all", (None, None), None)):
+        stages = [
+            stage(tmp_path / "codes", 3, name=part, codes=[{"dir": str(tmp_path / "codes")}], window=window)
+            for part, window in zip(("narrow", "wide"), windows)
+        ]
+        file = write_run(tmp_path, out=str(tmp_path / name), stages=stages)
+        override = ["--network.window", "null" if network is None else str(network)]
+        for last in ("narrow", "wide"):  # a job for each stage
+            main_entry(_load(file, *override, "--last_stage", last))
+        runs[name] = [line["loss"] for line in metrics(tmp_path / name)]
+        export(tmp_path / name, tmp_path / f"{name}-model")
+    # the first stage is that of a run whose network has the window, the second is not
+    assert runs["own"][:3] == runs["one"][:3] != runs["all"][:3]
+    assert runs["own"][3] != runs["one"][3]
+    assert [load_model(tmp_path / f"{name}-model").config.window for name in runs] == [None, 1, None]
+    early = export(tmp_path / "own" / "checkpoints" / "step-3", tmp_path / "early")
+    assert early.window == 1
+    # what a step costs follows
+    facts = {name: json.loads((tmp_path / name / "run.json").read_text())["stages"] for name in runs}
+    costs = {name: [one["flops_per_step"] for one in facts[name]] for name in runs}
+    assert costs["own"] == [costs["one"][0], costs["all"][1]] and costs["one"][0] < costs["all"][0]
+    with pytest.raises(UserError, match="stage 'narrow' has a window of 0"):
+        _load(write_run(tmp_path, stages=[stage(tmp_path / "codes", 1, name="narrow", window=0)]))
+
+
 def test_export_keeps_every_weight_and_undoes_a_wrong_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_run(tmp_path, stages=[stage(tmp_path / "codes", 2)])
     main_entry(_load(file, "--network.condition", "class"))
