@@ -1,8 +1,8 @@
 """Batches that worker processes read ahead, every failure in time and in plain words.
 
-torch's DataLoader notices by SIGCHLD that a worker has died, but says so wherever the main thread is, without a remedy. It puts a
-worker's traceback in front of a worker's error. Its time limit does not count while it waits for the memory of a batch that a
-worker has announced; a worker that is stopped then stops the training for ever.
+torch's DataLoader notices by SIGCHLD that a worker has died, but says so wherever the main thread is, in the middle of a step, and
+without a remedy. It puts a worker's traceback in front of a worker's error. Its time limit does not count while it waits for the memory
+of a batch that a worker has announced; a worker that is stopped then stops the training for ever.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -52,14 +52,15 @@ class ReadAhead(Iterator[Any]):
         self._iterator = iter(loader)
         self._workers = [process for process in multiprocessing.active_children() if process not in others]
         self._killed = False
-        _LostWorker.watch(what)
+        _DEATHS.watch()
 
     def __next__(self) -> Any:
         killer = threading.Timer(self.timeout + 2 * GRACE, self._kill)
         killer.daemon = True
         killer.start()
         try:
-            return next(self._iterator)
+            with _DEATHS.heard():
+                return next(self._iterator)
         except Exception as error:
             self._end(error)
             if (explained := self._explained(error)) is None:
@@ -84,6 +85,7 @@ class ReadAhead(Iterator[Any]):
         for each in (error, error.__cause__):
             traceback.clear_frames(each.__traceback__ if each else None)
         self._iterator = iter(())
+        _DEATHS.forget()
 
     def _explained(self, error: Exception) -> UserError | None:
         """torch's error in our words; None for one that is a fault of the program."""
@@ -98,36 +100,51 @@ class ReadAhead(Iterator[Any]):
             )
         if isinstance(error, UserError):
             return error
-        if isinstance(error.__cause__, UserError):  # `_LostWorker` knows more
-            return error.__cause__
         lost = about_workers or isinstance(error, (OSError, EOFError))  # the latter: it died while it sent a batch
-        return _lost(error, self.what) if lost else None
+        told_by = error.__cause__ if isinstance(error.__cause__, RuntimeError) else error  # the former knows the signal
+        return _lost(told_by, self.what) if lost else None
 
 
-class _LostWorker:
-    """Handles SIGCHLD: torch's handler in our words.
+class _Deaths:
+    """Handles SIGCHLD: what torch's handler raises wherever the main thread is, is raised only where batches are waited for."""
 
-    Args:
-        raising: torch's.
-        what: the workers read.
-    """
-
-    def __init__(self, raising: Any, what: str):
-        self.raising, self.what = raising, what
+    def __init__(self) -> None:
+        self._torch: Any = None
+        self._waiting = False
+        self._unsaid: RuntimeError | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         try:
-            self.raising(number, frame)
+            self._torch(number, frame)
         except RuntimeError as error:
-            raise _lost(error, self.what) from error
+            if self._waiting:
+                raise
+            self._unsaid = error
 
-    @classmethod
-    def watch(cls, what: str) -> None:
-        """To be called when the workers have started. Only the main thread can have a handler; in another one the loader's time
-        limit finds the death."""
-        if threading.current_thread() is threading.main_thread():
-            handler = signal.getsignal(signal.SIGCHLD)
-            signal.signal(signal.SIGCHLD, cls(handler.raising if isinstance(handler, cls) else handler, what))
+    def watch(self) -> None:
+        """To be called when workers have started. Only the main thread can have a handler; in another one the loader's time limit finds
+        the death."""
+        self.forget()
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGCHLD) is not self:
+            self._torch = signal.signal(signal.SIGCHLD, self)
+
+    def forget(self) -> None:
+        """Whoever has died until now was meant to."""
+        self._unsaid = None
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """In this block a death is an error, also one that came before it."""
+        self._waiting = True
+        try:
+            if self._unsaid is not None:
+                raise self._unsaid
+            yield
+        finally:
+            self._waiting = False
+
+
+_DEATHS = _Deaths()
 
 
 def _lost(error: Exception, what: str) -> UserError:

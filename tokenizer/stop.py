@@ -41,16 +41,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 def stop_on_signals() -> Iterator[StopFlag]:
     """Gives a flag that SIGTERM or SIGUSR1 sets while the block runs."""
     flag = StopFlag()
-    before: dict[int, Any] = {}
 
     def ask(*_: Any) -> None:
         flag.requested = True
-        # a scheduler signals the processes that read data, too: their death must not raise an error wherever this one happens to be;
-        # who waits for their data finds it out
-        before.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, lambda *_: None))
 
     try:
-        before |= {number: signal.signal(number, ask) for number in SIGNALS}
+        before = {number: signal.signal(number, ask) for number in SIGNALS}
     except ValueError:  # not the main thread: nobody sends signals there
         yield flag
         return

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from parallel import checkpoint
@@ -205,9 +206,10 @@ def _fill(filler: Path) -> None:
             pass
 
 
+@pytest.mark.parametrize("first", ["all at once", "readers first"])
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_to_all_processes_of_a_run_saves_and_stops(tmp_path: Path, number: signal.Signals) -> None:
-    """Schedulers signal whole jobs: also the processes that read data, which die of it."""
+def test_a_signal_to_all_processes_of_a_run_saves_and_stops(tmp_path: Path, number: signal.Signals, first: str) -> None:
+    """Schedulers signal whole jobs, in any order: also the processes that read data, which die of it."""
     file = write_run(tmp_path, stages=[stage(tmp_path / "codes", 400)], checkpoint_every=1000, data_workers=1)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     words = ["-m", "videoar", "pretrain", "--config", str(file)]
@@ -217,7 +219,15 @@ def test_a_signal_to_all_processes_of_a_run_saves_and_stops(tmp_path: Path, numb
     while not (tmp_path / "run" / "metrics.jsonl").exists() or not metrics(tmp_path / "run"):
         assert process.poll() is None
         time.sleep(0.05)
-    os.killpg(process.pid, number)
+    if first == "readers first":
+        readers = psutil.Process(process.pid).children()
+        for reader in readers:
+            reader.send_signal(number)
+        psutil.wait_procs(readers, timeout=0)
+        time.sleep(0.2)
+        process.send_signal(number)
+    else:
+        os.killpg(process.pid, number)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 3 and "stopped by a signal and saved" in said, said
     newest = checkpoint.latest(tmp_path / "run" / "checkpoints")
