@@ -18,7 +18,7 @@ class WatchConfig:
     """What a run tells of itself beside metrics.jsonl and Weights & Biases.
 
     Args:
-        tensorboard: event files in OUT/tensorboard: "auto" writes them where the package `tensorboard` is installed, "on" demands it.
+        tensorboard: write event files to OUT/tensorboard.
         peak_flops: FLOP/s of one device that the model FLOPs are held against (MFU); null: the published ones of a known GPU, else the
             rate of a large matrix product, measured at each start.
         best_metric: of all checkpoints the one stays whose value of this is best: anything of a validation, such as "validation/loss", if
@@ -27,7 +27,7 @@ class WatchConfig:
         best_is: which value is the best one.
     """
 
-    tensorboard: Literal["auto", "on", "off"] = "auto"
+    tensorboard: bool = False
     peak_flops: float | None = None
     best_metric: str | None = "validation/loss"
     best_is: Literal["lowest", "highest"] = "lowest"

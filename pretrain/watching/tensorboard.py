@@ -1,11 +1,11 @@
-"""TensorBoard, where it is installed: the one place that chooses."""
+"""TensorBoard, where it is wanted: the one place that chooses."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tokenizer.errors import UserError
 
@@ -45,24 +45,21 @@ class TensorBoard:
         self._writer.close()
 
 
-def choose_tensorboard(wanted: Literal["auto", "on", "off"], out: Path, finished: int) -> TensorBoard | None:
+def choose_tensorboard(wanted: bool, out: Path, finished: int) -> TensorBoard | None:
     """The writer, or None where there is to be none.
 
     Args:
         wanted, out, finished: the setting; see `TensorBoard`.
 
     Raises:
-        UserError: it was demanded and is not installed.
+        UserError: it is wanted and not installed.
     """
-    if wanted == "off":
+    if not wanted:
         return None
     if importlib.util.find_spec("tensorboard") is None:
-        if wanted == "on":
-            raise UserError(
-                "watch.tensorboard is on, but the package tensorboard is not installed: install it (pip install tensorboard), or set it "
-                "to auto or off."
-            )
-        log.info("no TensorBoard: the package tensorboard is not installed")
-        return None
+        raise UserError(
+            "watch.tensorboard is true, but the package tensorboard is not installed: install it (pip install tensorboard), or set it to "
+            "false."
+        )
     log.info("TensorBoard: %s", out / "tensorboard")
     return TensorBoard(out, finished)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from inference.checkpoint import load_model
 from parallel import checkpoint
@@ -52,7 +53,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
         validate_every=2,
         checkpoint_every=2,
         keep=1,
-        watch={"peak_flops": 1e9, "best_is": "highest"},
+        watch={"peak_flops": 1e9, "best_is": "highest", "tensorboard": True},
     )
     main_entry(_load(file))
     return folder
@@ -202,19 +203,23 @@ def test_a_missing_file_of_the_samples_is_told_at_the_start(watched: Path, tmp_p
     assert not (tmp_path / "new").exists()
 
 
-def test_tensorboard_is_demanded_found_or_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_tensorboard("off", tmp_path, 0) is None
+def test_tensorboard_is_left_out_or_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_tensorboard(False, tmp_path, 0) is None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert choose_tensorboard("auto", tmp_path, 0) is None
     with pytest.raises(UserError, match="the package tensorboard is not installed"):
-        choose_tensorboard("on", tmp_path, 0)
+        choose_tensorboard(True, tmp_path, 0)
+
+
+def test_tensorboard_holds_the_numbers_of_the_lines(watched: Path) -> None:
+    events = EventAccumulator(str(watched / "run" / "tensorboard")).Reload()
+    for name in ("loss", "grad_norm", "validation/loss", "bit_accuracy/frame_0"):
+        lines = [(line["global_step"], line[name]) for line in metrics(watched / "run") if name in line]
+        assert [event.step for event in events.Scalars(name)] == [step for step, _ in lines]
+        assert [event.value for event in events.Scalars(name)] == pytest.approx([value for _, value in lines])
 
 
 def test_tensorboard_holds_each_number_once_after_a_rewind(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    board = choose_tensorboard("on", tmp_path, 0)
+    board = choose_tensorboard(True, tmp_path, 0)
     assert board is not None
     for step in (1, 2, 3):
         board.write({"loss": float(step), "stage": "one", "global_step": step}, step)
