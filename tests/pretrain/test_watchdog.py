@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from pretrain.events import read_events
 from pretrain.train import main_entry
 from pretrain.watchdog import HUNG
 from tests.pretrain.ranks import CONTEXT
-from tests.pretrain.tiny import launch, stage, write_run
+from tests.pretrain.tiny import FT_LAUNCHER, finish, launch, metrics, stage, write_run
 from tokenizer import settings
 from tokenizer.errors import UserError
 
@@ -45,7 +46,25 @@ def test_every_process_of_a_hanging_run_shows_its_stacks(tmp_path: Path, monkeyp
     assert [beat["doing"] for beat in beats] == ["computing", "beginning a step"]
     assert all(beat["global_step"] == 3 and beat["since"] > 5 for beat in beats)
     (event,) = (event for event in read_events(tmp_path / "run") if event["event"] == "hang")
-    assert event["global_step"] == 3 and event["seconds"] > 10
+    assert event["global_step"] == 3 and event["seconds"] >= 10
+
+
+def test_nvidias_rank_monitor_ends_a_run_that_hangs_and_starts_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_run(
+        tmp_path, stages=[stage(tmp_path / "codes", 6)], data_timeout=1, checkpoint_every=2, save_in_background=False
+    )
+    monkeypatch.setenv("VIDEOAR_FAULT", "hang@4:rank1")
+    words = ["--resilience.hang_timeout", "5", "--resilience.heartbeat_every", "0.5"]
+    output = finish(launch(tmp_path, file, 2, *words, launcher=FT_LAUNCHER))
+    assert output.count("hang detection: NVIDIA rank monitor: installed") == 2
+    assert "Did not get subsequent heartbeat. Waited 45.00 seconds" in output  # its words; time for the stacks, which are ours
+    assert " in strike\n" in output and " in forward_backward\n" in output
+    events = [(event["event"], event["global_step"]) for event in read_events(tmp_path / "run")]
+    assert ("hang", 3) in events and events[-1] == ("finished", 6)
+    assert [step for event, step in events if event == "start"] == [0, 2]
+    assert [line["global_step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
 def _hold(folder: str) -> None:
@@ -69,13 +88,18 @@ def test_a_hang_that_stops_all_of_python_ends_too(tmp_path: Path) -> None:
     assert process.exitcode == 1 and "Timeout" in log and " in _hold\n" in log, log
 
 
-def test_heartbeats_come_as_set_and_hang_detection_may_be_off(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_heartbeats_come_as_set_and_hang_detection_may_be_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = write_run(tmp_path, stages=[stage(tmp_path / "codes", 3)])
     words = ["--resilience.hang_timeout", "0", "--resilience.heartbeat_every", "0.01"]
     main_entry(settings.load(PretrainConfig, file, words))
     beat = json.loads((tmp_path / "run" / "heartbeats" / "rank-0.json").read_text())
     assert beat["rank"] == 0 and 0 <= beat["global_step"] <= 3
-    assert "hang detection: own: nvidia_resiliency_ext is not installed" in capsys.readouterr().err
+    assert "hang detection: own: this process was not started by ft_launcher" in capsys.readouterr().err
+    with pytest.raises(UserError, match="hang_monitor is nvidia, but this process was not started by ft_launcher"):
+        main_entry(settings.load(PretrainConfig, file, [*words, "--resilience.hang_monitor", "nvidia"]))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="hang_monitor is nvidia, but nvidia_resiliency_ext is not installed"):
         main_entry(settings.load(PretrainConfig, file, [*words, "--resilience.hang_monitor", "nvidia"]))
     main_entry(settings.load(PretrainConfig, file, [*words, "--resilience.hang_monitor", "own"]))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,17 @@ if __name__ == "__main__":
 """
 
 
-def launch(folder: Path, settings: Path, processes: int, *overrides: str) -> subprocess.Popen:
-    """Starts a run under torchrun."""
+TORCHRUN = ("torch.distributed.run",)
+FT_LAUNCHER = ("nvidia_resiliency_ext.fault_tolerance.launcher", "--max-restarts", "1")
+
+
+def launch(
+    folder: Path, settings: Path, processes: int, *overrides: str, launcher: Sequence[str] = TORCHRUN
+) -> subprocess.Popen:
+    """Starts a run under torchrun, or another launcher that takes its arguments."""
     program = folder / "program.py"
     program.write_text(PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, "-m", *launcher, "--standalone", "--nproc-per-node", str(processes)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     return subprocess.Popen(
         [*command, str(program), str(settings), *overrides],
