@@ -5,21 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from multiprocessing.util import Finalize
 
 import pytest
-
-_OWN: list[str] = []
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Set before xdist starts its workers, which inherit it, as does every process that a test starts."""
     if not hasattr(config, "workerinput"):
         # short: sockets in it have paths of at most 107 characters
-        _OWN.append(tempfile.mkdtemp(prefix="vt-"))
-        os.environ["TMPDIR"] = tempfile.tempdir = _OWN[0]
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    """The session that made it removes it; pytest's own folders of failed tests go with it."""
-    if not hasattr(config, "workerinput") and _OWN:
-        shutil.rmtree(_OWN.pop(), ignore_errors=True)
+        folder = os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="vt-")
+        # after multiprocessing's own folder in it, which goes at -100; pytest's folders of failed tests go with it
+        Finalize(None, shutil.rmtree, (folder, True), exitpriority=-200)
