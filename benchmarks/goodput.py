@@ -71,21 +71,29 @@ class GoodputRun:
 
     def trial(self) -> float:
         """Seconds of a step, validations and saves not counted."""
-        self._start("trial", TRIAL).wait()
+        with self._start("trial", TRIAL) as started:
+            started.wait()
         lines = PretrainRun(self.folder / "trial").training
         return sum(line["seconds"] for line in lines[2:]) / len(lines[2:])
 
     def run(self, steps: int) -> list[Launch]:
         """The run in the folder `run`: to half of its steps, and on."""
         nan = max(2, steps // 4)
-        first = self._start("run", steps, f"nan@{nan}")
         metrics = self.folder / "run" / "metrics.jsonl"
-        while first.process.poll() is None:
-            if metrics.exists() and metrics.read_bytes().count(b"\n") >= steps // 2:
-                first.process.send_signal(signal.SIGTERM)
-                break
-            time.sleep(0.05)
-        return [first.wait(), self._start("run", steps).wait()]
+        with self._start("run", steps, f"nan@{nan}") as first:
+            lines = at = 0
+            while first.process.poll() is None:
+                if metrics.exists():
+                    with metrics.open("rb") as file:
+                        file.seek(at)
+                        lines, at = lines + file.read().count(b"\n"), file.tell()
+                if lines >= steps // 2:
+                    first.process.send_signal(signal.SIGTERM)
+                    break
+                time.sleep(0.05)
+            launches = [first.wait()]
+        with self._start("run", steps) as second:
+            return [*launches, second.wait()]
 
     def _start(self, name: str, steps: int, fault: str = "") -> _Started:
         codes = str(self.folder / "codes")
@@ -135,6 +143,14 @@ class _Started:
     process: subprocess.Popen
     began: float
     log: Path
+
+    def __enter__(self) -> _Started:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:  # this program is ended itself; torchrun ends what it has started
+            self.process.terminate()
+            self.process.wait()
 
     def wait(self) -> Launch:
         """Until it has ended as it should.
@@ -222,6 +238,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2, help="data-parallel processes (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="write the result to benchmarks/results/")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # with what it has started
     with tempfile.TemporaryDirectory() as folder:
         results = measure(Path(folder), args.seconds, args.ranks)
     for problem in results["problems"]:
