@@ -127,6 +127,16 @@ def test_what_is_expected_of_clips_has_an_effect(tmp_path: Path, written_4b: dic
     assert where(make(edited(tmp_path, change), 64, "h100", as_written=True)) != where(written_4b)
 
 
+def test_a_stages_window_makes_its_clips_cheaper(tmp_path: Path, written_4b: dict) -> None:
+    def change(content: dict) -> None:
+        content["stages"][2]["window"] = 4
+
+    plan = make(edited(tmp_path, change), 64, "h100", as_written=True)
+    assert [one["window"] for one in plan["stages"]] == [None, None, 4]
+    cheaper = [one["flops_a_step"] < all["flops_a_step"] for one, all in zip(plan["stages"], written_4b["stages"])]
+    assert cheaper == [False, False, True]
+
+
 @pytest.mark.parametrize("name", COMMON)
 def test_what_is_expected_of_all_codes_has_an_effect(written_4b: dict, name: str) -> None:
     value, where = COMMON[name]
