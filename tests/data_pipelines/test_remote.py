@@ -257,7 +257,8 @@ def test_attempts_go_on_until_the_limit(
         UserError, match="s3://bucket/codes/index.json could not be fetched within 3 s .EndpointConnectionError"
     ):
         ShardFolder("s3://bucket/codes", tmp_path, timeout=3)
-    assert 3 <= time.monotonic() - began < 4 and len(attempts) >= 3 and attempts[-1] - began > 1.5
+    # botocore's own tries would go on for minutes; a busy machine may be seconds late
+    assert 3 <= time.monotonic() - began < 10 and len(attempts) >= 3 and attempts[-1] - began > 1.5
     assert len(re.findall("tried again for up to [23] s", capfd.readouterr().err)) == 1
 
 
