@@ -18,7 +18,7 @@ setup: .venv/.installed
 	$(PYTHON) -m venv .venv
 	@echo "installing the pinned requirements (some 6 GB; a few minutes)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-resiliency-ext==0.4.1 --editable .
 	@touch $@
 
 demo: setup
