@@ -21,9 +21,9 @@ from benchmarks.shapes_data import RECIPE, shapes
 from data_pipelines.clips import ClipBatches, to_batch
 from tokenizer import VideoTokenizer, settings
 from tokenizer.inflation import autoencoder_config, deflate, inflate_, read_image_checkpoint
-from tokenizer.metrics_log import WandbConfig
 from tokenizer.train import train
 from tokenizer.train_config import BatchSpec, Phase, TokenizerTrainConfig
+from tokenizer.wandb_log import WandbConfig
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from pretrain.expected import ExpectedClips, ExpectedCodes
 from pretrain.resilience import ResilienceConfig
 from pretrain.watching.config import SamplesConfig, WatchConfig
 from tokenizer.errors import UserError, check_each
-from tokenizer.metrics_log import WandbConfig
+from tokenizer.wandb_log import WandbConfig
 
 
 @dataclass(frozen=True)

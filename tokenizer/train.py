@@ -258,7 +258,7 @@ class Trainer:
             file = self.out / "validation" / f"step_{self.step:07d}.png"
             write_picture(picture, file)
             self.log.write({"step": self.step, **report})
-            self.log.picture("validation", file, self.step)
+            self.log.wandb.picture("validation", file, self.step)
 
     def _averaged(self) -> AbstractContextManager[None]:
         """In it the weights are the running averages, where there are any."""

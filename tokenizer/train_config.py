@@ -11,9 +11,9 @@ from tokenizer.data_parallel import Strategy
 from tokenizer.discriminator import DiscriminatorConfig
 from tokenizer.errors import UserError, check_each
 from tokenizer.losses import LossConfig
-from tokenizer.metrics_log import WandbConfig
 from tokenizer.precision import Precision
 from tokenizer.tokenizer import TokenizerConfig
+from tokenizer.wandb_log import WandbConfig
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,7 @@ class Watcher:
             line = {name: result[name] for name in ("stage", "step", "global_step")} | scores
             line["samples/seconds"] = result["seconds"]
             self._write(line, max(self.step, step))
-            self.log.video("samples/videos", folder / "contact.mp4", max(self.step, step))
+            self.log.wandb.video("samples/videos", folder / "contact.mp4", max(self.step, step))
             checkpoint = self.out / "checkpoints" / result["checkpoint"]
             if checkpoint.is_dir():
                 self.best.consider(checkpoint, line)

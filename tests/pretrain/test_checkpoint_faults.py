@@ -209,8 +209,9 @@ def _fill(filler: Path) -> None:
 @pytest.mark.parametrize("first", ["all at once", "readers first"])
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_to_all_processes_of_a_run_saves_and_stops(tmp_path: Path, number: signal.Signals, first: str) -> None:
-    """Schedulers signal whole jobs, in any order: also the processes that read data, which die of it."""
-    file = write_run(tmp_path, stages=[stage(tmp_path / "codes", 400)], checkpoint_every=1000, data_workers=1)
+    """Schedulers signal whole jobs, in any order: also the processes that read data or carry logs, which die of it."""
+    stages, logs = [stage(tmp_path / "codes", 400)], {"mode": "offline"}  # with a process of its own
+    file = write_run(tmp_path, stages=stages, checkpoint_every=1000, data_workers=1, wandb=logs)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     words = ["-m", "videoar", "pretrain", "--config", str(file)]
     process = subprocess.Popen(
@@ -220,7 +221,7 @@ def test_a_signal_to_all_processes_of_a_run_saves_and_stops(tmp_path: Path, numb
         assert process.poll() is None
         time.sleep(0.05)
     if first == "readers first":
-        readers = psutil.Process(process.pid).children()
+        readers = psutil.Process(process.pid).children(recursive=True)
         for reader in readers:
             reader.send_signal(number)
         psutil.wait_procs(readers, timeout=0)

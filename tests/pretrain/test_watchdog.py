@@ -59,7 +59,9 @@ def test_nvidias_rank_monitor_ends_a_run_that_hangs_and_starts_it_again(
     words = ["--resilience.hang_timeout", "5", "--resilience.heartbeat_every", "0.5"]
     output = finish(launch(tmp_path, file, 2, *words, launcher=FT_LAUNCHER))
     assert output.count("hang detection: NVIDIA rank monitor: installed") == 2
-    assert "Did not get subsequent heartbeat. Waited 45.00 seconds" in output  # its words; time for the stacks, which are ours
+    assert (
+        "Did not get subsequent heartbeat. Waited 45.00 seconds" in output
+    )  # its words; time for the stacks, which are ours
     assert " in strike\n" in output and " in forward_backward\n" in output
     events = [(event["event"], event["global_step"]) for event in read_events(tmp_path / "run")]
     assert ("hang", 3) in events and events[-1] == ("finished", 6)

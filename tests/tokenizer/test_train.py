@@ -19,10 +19,10 @@ from tokenizer.autoencoder import AutoencoderConfig
 from tokenizer.data_parallel import Ranks
 from tokenizer.discriminator import DiscriminatorConfig
 from tokenizer.losses import LossConfig, reconstruction_loss
-from tokenizer.metrics_log import WandbConfig
 from tokenizer.tokenizer import TokenizerConfig
 from tokenizer.train import Trainer, train
 from tokenizer.train_config import BatchSpec, Phase, TokenizerTrainConfig
+from tokenizer.wandb_log import WandbConfig
 
 HOUSE = Path(__file__).resolve().parents[2]
 
