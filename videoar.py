@@ -701,7 +701,7 @@ class _HelpSettings(argparse.Action):
 
 
 def main(words: list[str] | None = None) -> int:
-    """Runs one sub-command; a mistake of the user's ends with one sentence and status 2."""
+    """Runs one sub-command; a mistake of the user's ends with one sentence and status 2, a `Fault` with 1."""
     words = sys.argv[1:] if words is None else words
     end_with_launcher()
     parser = _parser()
@@ -715,7 +715,7 @@ def main(words: list[str] | None = None) -> int:
         args.handler(args, rest)
     except UserError as error:
         print(f"videoar {args.verb}: {error}", file=sys.stderr)
-        return 2
+        return error.status
     except BrokenPipeError:
         return 1
     return 0

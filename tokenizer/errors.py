@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a user can mend."""
+"""The exceptions that a user reads as one sentence: mistakes, and faults that a later start may not meet."""
 
 from __future__ import annotations
 
@@ -7,7 +7,19 @@ from typing import Any
 
 
 class UserError(Exception):
-    """One sentence: what was wrong, where, and what to do. The command line prints it and exits with status 2."""
+    """One sentence: what was wrong, where, and what to do. The command line prints it and exits with its status.
+
+    Attributes:
+        status: 2: nothing but another setting mends it, so that a scheduler need not try again.
+    """
+
+    status = 2
+
+
+class Fault(UserError):
+    """No mistake: a process was lost, data came late, a storage does not answer. Status 1: a scheduler tries again, a few times."""
+
+    status = 1
 
 
 def check_each(settings: Any, names: Iterable[str], fits: Callable[[Any], bool], must: str, where: str = "") -> None:
