@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from evaluation.json_lines import whole_lines
 from tokenizer.errors import UserError
 
 SIGNS = ("events.jsonl", "heartbeats", "run.json")
 """What a run has, and no other folder."""
+LIVES = ("start", "finished", "stopped", "failed")
+"""Events of a process's life; all but the first are its last words."""
 
 
 @dataclass(frozen=True)
@@ -99,3 +103,17 @@ class PretrainRun:
             if result and re.fullmatch(r"step-\d+", folder.name):
                 sets.append(SampleSet(folder, result["global_step"], result["stage"], result.get("scores", {})))
         return sorted(sets, key=lambda one: one.global_step)
+
+
+def lives(pid: int, beat: float) -> bool:
+    """Whether the process of this machine that gave a heartbeat is there; another one of its number began later.
+
+    Args:
+        pid: its number.
+        beat: when it gave it, in seconds since the epoch.
+    """
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() < beat + 2
+    except psutil.Error:
+        return False

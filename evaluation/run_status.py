@@ -9,16 +9,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from evaluation.run_files import PretrainRun
+from evaluation.run_files import LIVES, PretrainRun, lives
 
 SILENCE, SILENT_STEPS = 120.0, 20
 """Seconds without a sign of life, and how many steps' time, after which a run on another machine counts as silent."""
 EVENTS = 8
 TREND = 20
 """Lines of metrics.jsonl that are compared with as many before."""
-LIVES = ("start", "finished", "stopped", "failed")
 SPEEDS = ("seconds", "data_wait", "tokens_per_second", "mfu", "memory_gb", "goodput")
 
 
@@ -169,12 +166,13 @@ def _state(run: PretrainRun, last: dict[str, Any] | None, now: float) -> tuple[s
     signs = [float(one["time"]) for one in (life, last, *beats) if one and "time" in one]
     if not signs:
         return "silent", "nobody has written to it yet, or by an older version that left no sign of life"
-    gone = [beat for beat in beats if beat["host"] == platform.node() and not _lives(beat["pid"], beat["time"])]
+    gone = [beat for beat in beats if beat["host"] == platform.node() and not lives(beat["pid"], beat["time"])]
     if gone:
         beat = gone[0]
         when = f"{beat['doing']} at step {beat['global_step']}, {duration(now - beat['time'])} ago"
         return "dead", f"dead: process {beat['rank']} is gone (last seen {when}); the same command goes on"
-    limit = max(SILENCE, SILENT_STEPS * float((last or {}).get("seconds", 0.0)))
+    slowest = max((beat.get("every", 0.0) for beat in beats), default=0.0)
+    limit = max(SILENCE, 3 * slowest, SILENT_STEPS * float((last or {}).get("seconds", 0.0)))
     age = now - max(signs)
     if age > limit:
         return "silent", f"silent: no sign of life for {duration(age)}{_where(beats)}"
@@ -197,15 +195,6 @@ def _state(run: PretrainRun, last: dict[str, Any] | None, now: float) -> tuple[s
 def _where(beats: Sequence[dict[str, Any]]) -> str:
     """What rank 0 does, and where."""
     return f", {beats[0]['doing']} on {beats[0]['host']}" if beats else ""
-
-
-def _lives(pid: int, beat: float) -> bool:
-    """Whether the process that gave a beat is there; another one of its number began later."""
-    try:
-        process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() < beat + 2
-    except psutil.Error:
-        return False
 
 
 def _last(last: dict[str, Any] | None, now: float) -> dict[str, Any] | None:

@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 from parallel.setup import ProcessInfo
 from pretrain.events import write_event
+from pretrain.owner import JOB, owner
 from pretrain.resilience import ResilienceConfig
 from tokenizer.errors import UserError
 
@@ -58,6 +59,10 @@ class Watchdog:
         self._global_step, self._doing, self._progress = 0, "starting", time.monotonic()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        others = [owner(out) if info.rank == 0 else None]
+        dist.broadcast_object_list(others, src=0)
+        if others[0] is not None:
+            raise UserError(f"{out} is being trained in by {others[0]}: end that run first, or name another `out`.")
         if info.rank == 0:
             shutil.rmtree(self.folder, ignore_errors=True)  # of an earlier start
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -91,19 +96,24 @@ class Watchdog:
 
     def _watch(self) -> None:
         pause = min(self.every, GRACE / 4, self.timeout / 4 or GRACE)
-        written = -self.every
+        written, alarmed = -self.every, None
         while not self._closed.wait(pause):
             since = time.monotonic() - self._progress
             if time.monotonic() - written >= self.every:
                 written = time.monotonic()
                 self._write(since)
-            if self.timeout and (since > self.timeout or (self.folder / "hang").exists()):
+            if alarmed is not None and alarmed != self._progress:  # it went on before the monitor's time was over
+                (self.folder / "hang").unlink(missing_ok=True)
+                (self.folder / f"stacks-{self.info.rank}.txt").unlink(missing_ok=True)
+                alarmed = None
+            if alarmed is None and self.timeout and (since > self.timeout or (self.folder / "hang").exists()):
+                alarmed = self._progress
                 self._end(since)
-                return
 
     def _write(self, since: float) -> None:
         content = {
             "rank": self.info.rank, "host": platform.node(), "pid": os.getpid(), "time": round(time.time(), 3),
+            "every": self.every, "job": os.environ.get(JOB),
             "global_step": self._global_step, "doing": self._doing, "since": round(since, 1),
         }  # fmt: skip
         temporary = self.folder / f".rank-{self.info.rank}"
