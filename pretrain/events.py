@@ -19,16 +19,19 @@ from evaluation.json_lines import whole_lines
 FILE = "events.jsonl"
 
 
-def write_event(out: Path, event: str, global_step: int, **details: Any) -> None:
+def write_event(out: Path, event: str, global_step: int, now: float | None = None, **details: Any) -> None:
     """Appends one event; a single write, so that lines of several processes do not mix.
 
     Args:
         out: the run's folder.
         event: its name: lower case, words joined by underscores.
         global_step: finished steps of all stages.
+        now: when it happened, in seconds since the epoch; None: at this moment.
         details: what else a reader should know; JSON values.
     """
-    line = json.dumps({"time": round(time.time(), 3), "event": event, "global_step": global_step, **details})
+    line = json.dumps(
+        {"time": round(time.time() if now is None else now, 3), "event": event, "global_step": global_step, **details}
+    )
     try:
         with (out / FILE).open("ab+") as file:
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":

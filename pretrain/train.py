@@ -72,8 +72,11 @@ def pretrain(config: PretrainConfig) -> Position:
                 if stop.stopping:
                     break
             trainer.saver.wait()
+            finished = position.stage >= config.stages_to_go
+            if finished:
+                trainer.wait_for_samples(position.global_step)
             if trainer.watcher is not None:
-                trainer.watcher.ended(position.stage >= config.stages_to_go, position.global_step, stop, watchdog)
+                trainer.watcher.ended(finished, position.global_step)
         except UserError as error:
             if trainer.watcher is not None:
                 trainer.watcher.failed(str(error))

@@ -102,10 +102,9 @@ class Trainer:
     def restore(self) -> Position:
         """Loads the newest sound checkpoint, if there is one."""
         self.skips.read((), self.history)
-        self._tell_damaged(self.damaged, 0)
-        if self.newest is not None:
-            return self._load(self.newest)
-        return Position()
+        position = Position() if self.newest is None else self._load(self.newest)
+        self._tell_damaged(self.damaged, position.global_step)
+        return position
 
     def watch_with(self, watcher: Watcher) -> None:
         """On rank 0: everything is told to `watcher` from now on."""
@@ -164,11 +163,23 @@ class Trainer:
                     self._validate(stage, step, offset + step)
                 position = self._position(stage, step, offset + step, stream, productive)
                 if ends or stopping or step % config.checkpoint_every == 0:
-                    self._save(position, stage, last=stopping or position.stage == len(self.plan.stages))
+                    self._save(position, stage, last=stopping or position.stage == config.stages_to_go)
                 if stopping:
                     break
         stream.close()
         return position
+
+    def wait_for_samples(self, global_step: int) -> None:
+        """The run is at its end: until its last set of samples is made, or a signal comes.
+
+        All ranks wait: launchers end what has not ended some minutes after the first process.
+        """
+        while True:
+            self.watchdog.beat("waiting for the last samples", global_step)
+            _, waiting = self.stop.agreed_with(self.watcher is not None and self.watcher.finishing(global_step))
+            if self.stop.stopping or not waiting:
+                return
+            time.sleep(0.2)
 
     def _position(
         self, stage: StagePlan, step: int, global_step: int, stream: CodeStream, productive: float

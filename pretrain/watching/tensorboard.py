@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class TensorBoard:
-    """Writes every number of a line as a scalar.
+    """Writes every number of a line as a scalar. What a full disk does not take is left out, and no reason to end a training.
 
     Args:
         out: the run's folder; the event files go to its folder `tensorboard`.
@@ -22,27 +25,47 @@ class TensorBoard:
 
     def __init__(self, out: Path, finished: int):
         self.folder = out / "tensorboard"
-        self._writer = self._open(finished)
+        self._writer: Any = None
+        self._open(finished)
 
-    def _open(self, finished: int) -> Any:
+    def _open(self, finished: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(self.folder), purge_step=finished + 1)
+        self._writer = SummaryWriter(str(self.folder), purge_step=finished + 1)
 
     def write(self, values: dict[str, Any], step: int) -> None:
         """One line of metrics.jsonl."""
-        for name, value in values.items():
-            if isinstance(value, int | float) and name not in ("time", "step", "global_step"):
-                self._writer.add_scalar(name, value, step)
+        with self._tolerant():
+            if self._writer is None:
+                self._open(step - 1)
+            for name, value in values.items():
+                if isinstance(value, int | float) and name not in ("time", "step", "global_step"):
+                    self._writer.add_scalar(name, value, step)
 
     def rewind(self, finished: int) -> None:
         """Hides what came after so many finished steps, which the run will write again."""
-        self._writer.close()
-        self._writer = self._open(finished)
+        self.close()
+        with self._tolerant():
+            self._open(finished)
 
     def close(self) -> None:
         """Ends the log."""
-        self._writer.close()
+        with self._tolerant():
+            if self._writer is not None:
+                self._writer.close()
+        self._writer = None
+
+    @contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._writer = None  # the next line opens another file
+            print(
+                f"WARNING: {self.folder} can't be written ({error.strerror}): it lacks some lines.",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def choose_tensorboard(wanted: bool, out: Path, finished: int) -> TensorBoard | None:

@@ -18,7 +18,6 @@ from parallel.setup import ProcessInfo
 from pretrain.config import PretrainConfig
 from pretrain.events import read_events, write_event
 from pretrain.stages import Plan
-from pretrain.watchdog import Watchdog
 from pretrain.watching.best import Best
 from pretrain.watching.facts import write_facts
 from pretrain.watching.ledger import Ledger, run_began
@@ -28,7 +27,6 @@ from pretrain.watching.samples import RESULT, sampled_steps
 from pretrain.watching.tensorboard import choose_tensorboard
 from tokenizer import settings
 from tokenizer.metrics_log import MetricsLog
-from tokenizer.stop import StopFlag
 
 
 class Watcher:
@@ -50,12 +48,14 @@ class Watcher:
         self.log = MetricsLog(self.out, finished, config.wandb, settings.to_dict(config))
         self.best = Best(self.out, config.watch, [stage.name for stage in config.stages])
         self.sampler = Sampler(self.out, config.samples, plan.model.parameter_count())
+        self._at_end = False
         self._sampled: set[int] = set()  # steps whose samples have a line
         self._lines: dict[int, dict[str, Any]] = {}  # validations whose step may become a checkpoint
         peak, source = device_peak(info.device, config.parallel.dtype, config.watch.peak_flops)
+        now = time.time()
         ledger.spend("starting")
         write_event(
-            self.out, "start", finished, world_size=info.world_size, host=platform.node(),
+            self.out, "start", finished, now, world_size=info.world_size, host=platform.node(),
             starting_seconds=round(ledger.seconds["starting"], 3),
         )  # fmt: skip
         began = run_began(read_events(self.out))
@@ -127,41 +127,42 @@ class Watcher:
         self._lines = {number: line for number, line in self._lines.items() if number <= finished}
         self._drop_samples(finished)
 
-    def _finish(self, step: int, stop: StopFlag, watchdog: Watchdog) -> None:
-        """The run is at its end: the last set of samples is waited for."""
-        self._wait_for_samples(step, stop, watchdog)
+    def finishing(self, step: int) -> bool:
+        """The run is at its end: whether its last set of samples is still being made. To be asked until it is not.
+
+        Args:
+            step: finished global steps.
+        """
+        self._spend_end()
+        self.poll(step)
         newest = checkpoints.latest(self.out / "checkpoints")
-        if newest is not None:
+        if self.sampler.checkpoint is None and newest is not None:
             self._sample(newest)  # one was in its way when it was due
-            self._wait_for_samples(step, stop, watchdog)
-        with _tolerant(self.out):
-            self._log_samples()  # of those, too, that somebody else has made
+        return self.sampler.checkpoint is not None
 
-    def _wait_for_samples(self, step: int, stop: StopFlag, watchdog: Watchdog) -> None:
-        while self.sampler.checkpoint is not None and not stop.requested:
-            watchdog.beat("waiting for the last samples", step)
-            time.sleep(0.2)
-            self.poll(step)
-
-    def ended(self, finished: bool, step: int, stop: StopFlag, watchdog: Watchdog) -> None:
+    def ended(self, finished: bool, step: int) -> None:
         """The process is about to end as it should; the last event says where its time went.
 
         Args:
             finished: whether all stages are done.
             step: finished global steps.
-            stop: a signal ends the wait for the last set of samples.
-            watchdog: is told that this is no hang.
         """
-        self.ledger.spend("saving")
         if finished:
-            self._finish(step, stop, watchdog)
-        self.ledger.spend("samples")
-        write_event(self.out, "finished" if finished else "stopped", step, seconds=self.ledger.rounded())
+            with _tolerant(self.out):
+                self._log_samples()  # of those, too, that somebody else has made
+        now = time.time()
+        self._spend_end()
+        write_event(self.out, "finished" if finished else "stopped", step, now, seconds=self.ledger.rounded())
+
+    def _spend_end(self) -> None:
+        self.ledger.spend("samples" if self._at_end else "saving")
+        self._at_end = True
 
     def failed(self, reason: str) -> None:
         """The process is about to end with an error."""
+        now = time.time()
         self.ledger.spend("other")
-        write_event(self.out, "failed", self.step, reason=reason, seconds=self.ledger.rounded())
+        write_event(self.out, "failed", self.step, now, reason=reason, seconds=self.ledger.rounded())
 
     def close(self) -> None:
         """Ends logs and sampler, whatever happened."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from parallel import checkpoint
+from parallel import checkpoint, integrity
 from parallel.checkpoint import MARKER
 from parallel.integrity import damage
 from parallel.saving import SaveError
@@ -29,7 +30,7 @@ from pretrain.trainer import Trainer
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.tiny import metrics, stage, write_run
 from tokenizer import settings
-from tokenizer.errors import UserError
+from tokenizer.errors import Fault, UserError
 
 
 def _run(file: Path, *words: str) -> bool:
@@ -76,7 +77,29 @@ def test_a_damaged_checkpoint_is_put_aside_by_all_and_the_one_before_is_taken(tm
     assert _happened(out, "start")[-1]["global_step"] == 2
 
 
-def test_every_file_of_a_checkpoint_is_checked(tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_be_read_now_is_not_put_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_run(tmp_path, stages=[stage(tmp_path / "codes", 1)])
+    _run(file)
+    original, failures = integrity.sum_of, [2]
+
+    def failing(path: Path) -> integrity.FileSum:
+        failures[0] -= 1
+        if failures[0] >= 0:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return original(path)
+
+    monkeypatch.setattr(integrity, "sum_of", failing)
+    monkeypatch.setattr(integrity, "PAUSES", (0.0, 0.0))
+    folder = tmp_path / "run" / "checkpoints"
+    assert damage(folder / "step-1") is None and failures[0] < 0  # the third try
+    failures[0] = 10
+    with pytest.raises(Fault, match=r"step-1 can't be read on .*Input/output error.*look at that machine"):
+        _run(file)
+    assert [entry.name for entry in folder.iterdir()] == ["step-1"]
+
+
+def test_every_file_of_a_checkpoint_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integrity, "PAUSES", (0.0,))
     file = write_run(tmp_path, stages=[stage(tmp_path / "codes", 1)])
     _run(file)
     whole = tmp_path / "run" / "checkpoints" / "step-1"
@@ -116,7 +139,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if mounted.returncode:
         pytest.skip(f"a small file system can't be mounted here: {mounted.stderr.strip()}")
     yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)  # an error may still hold a file of it
 
 
 @pytest.mark.parametrize("background", [True, False])
@@ -131,6 +154,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(
         stages=[stage(tmp_path / "codes", 4)],
         checkpoint_every=1,
         save_in_background=background,
+        watch={"tensorboard": True},
     )
     filler, original, folder = small_disk / "filler", Trainer._save, small_disk / "run" / "checkpoints"
 
@@ -193,6 +217,12 @@ def test_the_last_save_is_tried_again_as_set(tmp_path: Path, small_disk: Path, m
     filler.unlink()
     assert _run(file, *words, "4")  # the third pause makes space
     assert pauses == [0.25] * 3
+    # a job that ends with an earlier stage has a last save, too
+    stages = [stage(tmp_path / "codes", 1, name=name) for name in ("one", "two")]
+    file = write_run(tmp_path, out=str(small_disk / "staged"), stages=stages)
+    with pytest.raises(SaveError, match="could not be written"):
+        _run(file, *words, "2", "--last_stage", "one")
+    filler.unlink()
     assert checkpoint.latest(small_disk / "run" / "checkpoints") is not None
 
 
