@@ -104,7 +104,7 @@ def newest_sound(directory: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
         dist.all_gather_object(reasons, _damage_or_fault(folder))
         if fault := next((one for one in reasons if isinstance(one, Fault)), None):
             raise fault
-        reason = next(filter(None, reasons), None)
+        reason = next((one for one in reasons if isinstance(one, str)), None)
         if reason is None:
             return folder, [(_put_aside(one), why) for one, why in damaged]
         damaged.append((folder, reason))

@@ -1,8 +1,10 @@
-"""Stopping a training politely: SIGTERM or SIGUSR1 asks, the step under way is finished, and all ranks stop after the same one."""
+"""Stopping a training politely: SIGTERM, SIGUSR1 or Ctrl-C asks, the step under way is finished, and all ranks stop after the same one."""
 
 from __future__ import annotations
 
+import math
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,17 +35,25 @@ class StopFlag:
         return self.stopping, bool(flags[1])
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """SIGUSR1 is what schedulers are told to send some time before a job's end; SIGTERM is what they send at its end."""
+SAME = 1.0
+"""Seconds within which a second SIGINT is the same Ctrl-C, which launchers pass on; a later one interrupts at once."""
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
-    """Gives a flag that SIGTERM or SIGUSR1 sets while the block runs."""
-    flag = StopFlag()
+    """Gives a flag that SIGTERM, SIGUSR1 or Ctrl-C sets while the block runs."""
+    flag, interrupted = StopFlag(), math.inf
 
-    def ask(*_: Any) -> None:
+    def ask(number: int, frame: Any) -> None:
+        nonlocal interrupted
         flag.requested = True
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if now > interrupted + SAME:
+                signal.default_int_handler(number, frame)
+            interrupted = min(now, interrupted)
 
     try:
         before = {number: signal.signal(number, ask) for number in SIGNALS}

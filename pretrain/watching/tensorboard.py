@@ -28,19 +28,19 @@ class TensorBoard:
         self._writer: Any = None
         self._open(finished)
 
-    def _open(self, finished: int) -> None:
+    def _open(self, finished: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(self.folder), purge_step=finished + 1)
+        return self._writer
 
     def write(self, values: dict[str, Any], step: int) -> None:
         """One line of metrics.jsonl."""
         with self._tolerant():
-            if self._writer is None:
-                self._open(step - 1)
+            writer = self._writer or self._open(step - 1)
             for name, value in values.items():
                 if isinstance(value, int | float) and name not in ("time", "step", "global_step"):
-                    self._writer.add_scalar(name, value, step)
+                    writer.add_scalar(name, value, step)
 
     def rewind(self, finished: int) -> None:
         """Hides what came after so many finished steps, which the run will write again."""

@@ -482,6 +482,23 @@ def test_killed_processes_leave_nothing_that_stops_the_next(server: S3Server, un
     assert not [name for name in left if any(str(pid) in name for pid in pids) or re.match(r"\d{6}_", name)]
 
 
+def test_validation_clips_are_kept_where_the_stage_says(store: Path, tmp_path: Path):
+    codes = (SourceConfig(str(store / "buckets" / "bucket" / "tiny")),)
+    stage = StageConfig(
+        "one",
+        codes,
+        steps=1,
+        global_batch_size=4,
+        micro_batch_size=4,
+        validation="s3://bucket/tiny",
+        validation_cache=str(tmp_path / "cache"),
+    )
+    run = PretrainConfig(str(tmp_path), str(store / "tokenizer"), (stage,))
+    stream = make_plan(run).stages[0].validation_stream(run, 0, 1)
+    assert stream is not None and len(next(stream)) == 4
+    assert list((tmp_path / "cache").rglob("*.mds"))
+
+
 def test_the_setting_of_a_run_bounds_its_downloads(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     sources = (SourceConfig("s3://bucket/tiny", cache=str(tmp_path / "cache")),)
     stage = StageConfig("one", sources, steps=1, global_batch_size=4, micro_batch_size=4)

@@ -236,8 +236,15 @@ def _fill(filler: Path) -> None:
             pass
 
 
-@pytest.mark.parametrize("first", ["all at once", "readers first"])
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "first"),
+    [
+        (signal.SIGUSR1, "all at once"),
+        (signal.SIGTERM, "all at once"),
+        (signal.SIGINT, "all at once"),
+        (signal.SIGTERM, "readers first"),
+    ],
+)
 def test_a_signal_to_all_processes_of_a_run_saves_and_stops(tmp_path: Path, number: signal.Signals, first: str) -> None:
     """Schedulers signal whole jobs, in any order: also the processes that read data or carry logs, which die of it."""
     stages, logs = [stage(tmp_path / "codes", 400)], {"mode": "offline"}  # with a process of its own

@@ -64,7 +64,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     return folder, _loss(folder, "base", BASE)
 
 
-def _loss(folder: Path, name: str, changes: dict, *overrides: str) -> float:
+def _loss(folder: Path, name: str, changes: dict, *overrides: str, line: int = -1) -> float:
     """The loss of the fourth step, which what the first three did has changed."""
     codes = [{"dir": str(folder / "codes"), "num_frames": changes.get("codes", 3)}]
     out = folder / name
@@ -76,7 +76,7 @@ def _loss(folder: Path, name: str, changes: dict, *overrides: str) -> float:
         stages=[stage(folder / "codes", 4, **(BASE | changes | {"codes": codes}))],
     )
     main_entry(settings.load(PretrainConfig, file, list(overrides)))
-    return metrics(out)[-1]["loss"]
+    return metrics(out)[line]["loss"]
 
 
 @pytest.mark.parametrize("name", RUN)
@@ -109,6 +109,17 @@ def test_error_correction_settings_have_an_effect(base: tuple[Path, float]) -> N
 def test_a_setting_of_speed_or_logging_changes_no_number(base: tuple[Path, float], name: str) -> None:
     folder, loss = base
     assert _loss(folder, name, {}, f"--{name}", SAME[name]) == loss
+
+
+def test_as_many_batches_are_validated_as_set(base: tuple[Path, float]) -> None:
+    folder, loss = base
+    validated = {}
+    for number in ("1", "2"):
+        changes = {"validation": str(folder / "codes")}
+        words = ["--validate_every", "4", "--validation_batches", number]
+        assert _loss(folder, f"validation {number}", changes, *words, line=-2) == loss
+        validated[number] = metrics(folder / f"validation {number}")[-1]["validation/loss"]
+    assert validated["1"] != validated["2"]
 
 
 def test_microbatches_add_up_to_the_batch(base: tuple[Path, float]) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -53,20 +54,54 @@ def test_nvidias_rank_monitor_ends_a_run_that_hangs_and_starts_it_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write_run(
-        tmp_path, stages=[stage(tmp_path / "codes", 6)], data_timeout=1, checkpoint_every=2, save_in_background=False
+        tmp_path, stages=[stage(tmp_path / "codes", 6)], data_timeout=5, checkpoint_every=2, save_in_background=False
     )
     monkeypatch.setenv("VIDEOAR_FAULT", "hang@4:rank1")
-    words = ["--resilience.hang_timeout", "5", "--resilience.heartbeat_every", "0.5"]
+    words = ["--resilience.hang_timeout", "10", "--resilience.heartbeat_every", "0.5"]
     output = finish(launch(tmp_path, file, 2, *words, launcher=FT_LAUNCHER))
     assert output.count("hang detection: NVIDIA rank monitor: installed") == 2
     assert (
-        "Did not get subsequent heartbeat. Waited 45.00 seconds" in output
+        "Did not get subsequent heartbeat. Waited 50.00 seconds" in output
     )  # its words; time for the stacks, which are ours
     assert " in strike\n" in output and " in forward_backward\n" in output
     events = [(event["event"], event["global_step"]) for event in read_events(tmp_path / "run")]
     assert ("hang", 3) in events and events[-1] == ("finished", 6)
     assert [step for event, step in events if event == "start"] == [0, 2]
     assert [line["global_step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def _hang_twice(folder: str) -> None:
+    """With a monitor that lets it live: it goes on after its first hang."""
+    os.dup2(os.open(f"{folder}/log", os.O_CREAT | os.O_WRONLY), 2)
+    from parallel.setup import ParallelConfig, initialize
+    from pretrain import watchdog
+    from pretrain.resilience import ResilienceConfig
+
+    class Monitor:
+        def send_heartbeat(self) -> None:
+            pass
+
+        def shutdown_workload_monitoring(self) -> None:
+            pass
+
+    watchdog.GRACE = 0.2
+    watch = watchdog.Watchdog(
+        ResilienceConfig(hang_timeout=1.0), Path(folder), initialize(ParallelConfig(), 0), Monitor()
+    )
+    for number in (1, 2):
+        watch.beat(f"work {number}", number)
+        time.sleep(2.5)
+    watch.close()
+
+
+def test_a_run_that_goes_on_after_an_alarm_is_watched_as_before(tmp_path: Path) -> None:
+    process = CONTEXT.Process(target=_hang_twice, args=(str(tmp_path),))
+    process.start()
+    process.join(90)
+    log = (tmp_path / "log").read_text()
+    assert (
+        process.exitcode == 0 and log.count("HANG: ") == 2 and "work 1, 1 steps" in log and "work 2, 2 steps" in log
+    ), log
 
 
 def _hold(folder: str) -> None:
