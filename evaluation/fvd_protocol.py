@@ -273,13 +273,20 @@ def _count(count: int | None, sides: Sequence[Sequence[Source]]) -> int:
 
 
 def _origin(sources: Sequence[Source]) -> dict[str, Any]:
-    """What generated videos say about themselves: a hash of their prompts, and the first file's own words."""
-    prompts = "\n".join(source.caption for source in sources)
-    origin: dict[str, Any] = {"prompts_sha256": hashlib.sha256(prompts.encode()).hexdigest()}
-    try:
-        return origin | {"first": read_metadata(sources[0].path)}
-    except UserError:  # of another program
-        return origin
+    """What generated videos say about themselves: prompts and seeds in the files' order, their models, and the first file's own words."""
+    said = []
+    for source in sources:
+        try:
+            said.append(read_metadata(source.path))
+        except UserError:  # of another program
+            said.append({})
+    return {
+        "files": [source.name for source in sources],
+        "prompts": [source.caption for source in sources],
+        "seeds": [one.get("seed") for one in said],
+        "models": sorted({one["model"] for one in said if "model" in one}),
+        "first": said[0],
+    }
 
 
 def _known(out: Path, arguments: dict[str, Any]) -> dict[str, Any] | None:

@@ -9,7 +9,6 @@ DIR/results/*_eval_results.json        DIR/vbench.json, vbench.md
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import json
@@ -96,8 +95,7 @@ def evaluate_vbench(
         frames = None if seconds is None else pipe.frames_for(seconds)
         texts = [prompt.text for prompt in suite]
         request = {
-            "model": pipe.fingerprint, **pipe.metadata(), "prompts_sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
-            "prompts": len(texts), "samples": samples, "frames": frames, "seed": seed, **options,
+            "model": pipe.fingerprint, **pipe.metadata(), "prompts": texts, "samples": samples, "frames": frames, "seed": seed, **options,
         }  # fmt: skip
         if ranks.rank == 0:
             _claim(out, request)

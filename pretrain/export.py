@@ -5,7 +5,9 @@ videoar export --checkpoint runs/demo/pretrain/checkpoints --out runs/demo/model
 
 from __future__ import annotations
 
+import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -113,6 +115,9 @@ def _check_replaceable(out: Path) -> None:
         raise UserError(f"{out} is a file: name a folder for the model.")
     own = {"config.json", "tokenizer", INDEX_FILE, CARD, PICTURE}
     others = [entry.name for entry in out.iterdir() if entry.name not in own and not entry.match("model*.safetensors")]
+    with suppress(OSError, ValueError):  # a tokenizer's folder has files of the same names
+        if "model" not in json.loads((out / "config.json").read_text()):
+            others.append("config.json")
     if others:
         raise UserError(f"{out} holds {sorted(others)[0]}, which no export has written: name another folder.")
 

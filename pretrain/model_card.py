@@ -93,9 +93,7 @@ def _network(model: ModelConfig, export: Mapping[str, Any], weights: WeightFiles
         "scales": " ".join(f"{h}x{w}" for h, w in model.scales),
         "bits a token": str(model.bits),
         "rotary positions, window": f"{model.rope}, {model.window or 'all frames'}",
-        "condition": f"{model.num_classes} classes"
-        if model.num_classes
-        else f"text encoder `{export['text_encoder']}`",
+        "condition": f"{model.num_classes} classes" if model.num_classes else f"text encoder `{_encoder(export)}`",
         "tokenizer": f"`{export['tokenizer_fingerprint']}`",
     }
     return "## Network\n\n" + _table(("", ""), rows.items())

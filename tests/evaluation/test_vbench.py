@@ -139,7 +139,7 @@ def test_videos_have_the_names_that_vbench_looks_for_and_seeds_of_their_own(whol
             assert (said["prompt"], said["seed"], said["guidance"]) == (prompt, 100 + 5 * index + sample, "t2v")
     assert len(set(content(whole).values())) == 25
     request = json.loads((whole / "request.json").read_text())
-    assert (request["seed"], request["samples"], request["prompts"]) == (100, 5, 5)
+    assert (request["seed"], request["samples"], request["prompts"]) == (100, 5, prompts)
     assert sorted(path.name for path in whole.iterdir()) == ["request.json", "videos"]
 
 

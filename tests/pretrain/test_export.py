@@ -15,7 +15,7 @@ from inference.checkpoint import StoredWeights, load_model
 from parallel import checkpoint as checkpoints
 from pretrain.config import PretrainConfig
 from pretrain.export import export
-from pretrain.model_card import Sampling
+from pretrain.model_card import Sampling, write_card
 from pretrain.train import main_entry
 from tests.pretrain.tiny import stage, write_run
 from tokenizer import UserError, settings
@@ -98,6 +98,16 @@ def test_the_card_says_what_was_done(run, tmp_path):
     assert "| second |" not in card and "No validation was recorded" in card and "None was asked for" in card
 
 
+def test_a_card_names_an_encoder_without_its_folder(run, tmp_path):
+    export(run / "run", tmp_path / "model", sampling=NO_SAMPLE)
+    folder = run / "run" / "checkpoints" / "step-5"
+    common = checkpoints.load_common(folder)
+    common["export"]["text_encoder"] = "t5:/home/somebody/flan-t5"
+    write_card(tmp_path / "model", common, folder, NO_SAMPLE, torch.device("cpu"))
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| condition | text encoder `t5:flan-t5` |" in card and "somebody" not in card
+
+
 def test_a_card_without_the_codes(run, tmp_path):
     (run / "codes").rename(run / "elsewhere")
     try:
@@ -113,6 +123,10 @@ def test_a_card_without_the_codes(run, tmp_path):
     assert not (tmp_path / "model" / "sample.gif").exists()
     assert "`a word`, seed 3" in (tmp_path / "prompted" / "README.md").read_text()
     assert (tmp_path / "prompted" / "sample.gif").is_file()
+
+
+def _files(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def test_a_model_is_replaced_as_a_whole_and_nothing_else_is(run, tmp_path, monkeypatch, capsys):
@@ -136,6 +150,10 @@ def test_a_model_is_replaced_as_a_whole_and_nothing_else_is(run, tmp_path, monke
     (out / "diary.txt").write_text("mine")
     assert videoar.main(["export", "--checkpoint", str(run / "run"), "--out", str(out)]) == 2
     assert "diary.txt, which no export has written" in capsys.readouterr().err
+    before = _files(run / "tokenizer")
+    assert videoar.main(["export", "--checkpoint", str(run / "run"), "--out", str(run / "tokenizer")]) == 2
+    assert "config.json, which no export has written" in capsys.readouterr().err
+    assert before and _files(run / "tokenizer") == before
     words = ["export", "--checkpoint", str(run / "run"), "--out", str(tmp_path / "x"), "--max-shard-size", "big"]
     assert videoar.main(words) == 2 and "the size 'big' is none" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [out]
