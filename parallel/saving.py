@@ -36,11 +36,11 @@ from parallel.cpu import cuda_redirected
 from parallel.ema import Ema
 from parallel.integrity import FileSum, sum_of
 from parallel.model import settle
-from tokenizer.errors import UserError
+from tokenizer.errors import Fault
 from tokenizer.files import sync
 
 
-class SaveError(UserError):
+class SaveError(Fault):
     """A checkpoint could not be written; nothing of it is left, all ranks have this error, and the training may go on.
 
     Args:
