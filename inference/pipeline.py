@@ -21,6 +21,7 @@ from torch import Tensor
 
 from inference.checkpoint import StoredWeights, fingerprint, load_model, read_config, save_model
 from inference.fast import Weights, prepare
+from inference.frames import to_frames
 from inference.guidance import Guidance
 from inference.model import VideoARTransformer
 from inference.sampler import sample_frames
@@ -215,6 +216,10 @@ class VideoARPipeline:
         height, width = self.config.schedule.grid
         return height * PIXELS_A_TOKEN, width * PIXELS_A_TOKEN
 
+    @property
+    def _trained_frames(self) -> int:
+        return 1 + FRAMES_A_LATENT * (self.config.num_frames - 1)
+
     def frames_for(self, seconds: float) -> int:
         """The number of frames, 1+4n, that comes nearest to a duration."""
         return 1 + FRAMES_A_LATENT * max(0, round((seconds * self.config.fps - 1) / FRAMES_A_LATENT))
@@ -273,7 +278,7 @@ class VideoARPipeline:
                     if meter is not None:
                         meter.advance()
                 codes.append(Codes(tuple(torch.stack(scale, dim=1) for scale in zip(*frames)), schedule))
-                clips += list(to_pixels(self.tokenizer.decode(codes[-1])))
+                clips += list(to_frames(self.tokenizer, codes[-1], self.config.num_frames))
         merged = Codes(tuple(torch.cat(scale) for scale in zip(*(part.bits for part in codes))), schedule)
         return VideoOutput(clips[0] if single else clips, merged, wanted.known, self.config.fps)
 
@@ -320,8 +325,7 @@ class VideoARPipeline:
         if len(seeds) != len(text):
             raise UserError(f"{len(seeds)} seeds were given for {len(text)} clips: give one number or one a clip.")
         schedule = self.config.schedule if size is None else self.tokenizer.schedule_for(*size)
-        trained = 1 + FRAMES_A_LATENT * (self.config.num_frames - 1)
-        latent_frames = _latent_frames(trained if num_frames is None else num_frames)
+        latent_frames = _latent_frames(self._trained_frames if num_frames is None else num_frames)
         with torch.no_grad():
             given = self._given(image, video, given_frames, 1 + FRAMES_A_LATENT * (latent_frames - 1), schedule)
         return _Request(text, lengths, seeds, schedule, latent_frames, given)
@@ -362,15 +366,29 @@ class VideoARPipeline:
             given_frames: decoded frames, 1+4m, that the next shot starts from. They are dropped from its output.
             seed: shot i draws from seed + i.
             options: as for a call.
+
+        Raises:
+            UserError: no prompt, shots that are all prefix, or arguments that do not fit each other or the model.
         """
-        whole: list[np.ndarray] = []
+        _check_any(prompts)
+        length = self._trained_frames if num_frames is None else num_frames
+        new = length - given_frames  # a later shot's
+        if len(prompts) > 1 and _latent_frames(given_frames) >= _latent_frames(length):
+            raise UserError(f"{given_frames} given frames leave nothing of shots of {length}: use fewer given_frames.")
+        whole: np.ndarray | None = None  # [T, H, W, 3], as long as all shots together
+        done = 0
         for index, prompt in enumerate(prompts):
-            if whole:
-                tail = np.concatenate(whole)[-given_frames:]
+            if whole is not None:
+                tail = whole[done - given_frames : done]
                 options = {**options, "image": None, "video": tail, "given_frames": given_frames}
-            result = self(prompt, num_frames, seed=seed + index, **options)
-            whole.append(result.frames[result.given_frames if whole else 0 :])
-        return VideoOutput(np.concatenate(whole), None, 0, self.config.fps)
+            shot = self(prompt, num_frames, seed=seed + index, **options).frames
+            if whole is None:
+                whole = np.empty((length + (len(prompts) - 1) * new, *shot.shape[1:]), np.uint8)
+            else:
+                shot = shot[given_frames:]
+            whole[done : done + len(shot)] = shot
+            done += len(shot)
+        return VideoOutput(whole, None, 0, self.config.fps)
 
     def _condition(
         self, prompt: str | Sequence[str] | None, class_label: int | Sequence[int] | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 import warnings
 
 import av
@@ -17,6 +18,7 @@ from inference.model import VideoARTransformer
 from tests.inference.tiny import tiny_config
 from tokenizer import UserError, VideoTokenizer
 from tokenizer.autoencoder import AutoencoderConfig
+from tokenizer.pixels import to_pixels
 from tokenizer.text import ByteTextEncoder
 from tokenizer.tokenizer import TokenizerConfig
 
@@ -74,6 +76,26 @@ def test_a_stream_hands_out_the_same_frames_as_they_are_made(pipe, options, monk
     assert np.abs(np.concatenate(frames).astype(int) - whole).max() <= 1  # pixels are rounded
 
 
+def test_clips_longer_than_trained_are_decoded_in_pieces_no_longer_than_trained(monkeypatch):
+    pipe, prompts = tiny_pipeline(num_frames=5), 2
+    pieces, plain = [], pipe.tokenizer.decode_chunk
+
+    def counted(latent, carries=None):
+        pieces.append((latent.shape[0], latent.shape[2]))
+        return plain(latent, carries)
+
+    monkeypatch.setattr(pipe.tokenizer, "decode_chunk", counted)
+    options = {"size": (64, 64), "window": 1, "guidance": 1.0}
+    trained, long = (pipe(["a circle"] * prompts, num_frames=count, **options) for count in (17, 161))
+    assert pieces[0] == (prompts, 5)  # whole, and all clips at once
+    assert pieces[1:] and {clips for clips, _ in pieces[1:]} == {1} and {count for _, count in pieces[1:]} == {4, 5}
+    assert sum(count for _, count in pieces[1:]) == 41 * prompts
+    monkeypatch.undo()
+    for result, most, share in ((trained, 0, 0), (long, 1, 1e-3)):
+        wrong = np.abs(to_pixels(pipe.tokenizer.decode(result.codes)).astype(int) - np.stack(result.frames))
+        assert wrong.max() <= most and (wrong > 0).mean() <= share
+
+
 def test_a_stream_refuses_before_its_first_frame(pipe):
     with pytest.raises(UserError, match="12 frames are not 1"):
         pipe.stream("a circle", num_frames=12)
@@ -113,6 +135,29 @@ def test_shots_join_without_their_prefixes(pipe):
     assert result.frames.shape[0] == 9 + 4 + 4
     second = pipe("a square", 9, seed=1, guidance=1.0, video=result.frames[:9][-5:], given_frames=5)
     np.testing.assert_array_equal(result.frames[9:13], second.frames[5:])
+    third = pipe("a circle", 9, seed=2, guidance=1.0, video=result.frames[:13][-5:], given_frames=5)
+    np.testing.assert_array_equal(result.frames[13:], third.frames[5:])
+
+
+def test_shots_hold_their_frames_once(pipe):
+    options = {"num_frames": 9, "given_frames": 1, "guidance": 1.0, "size": (64, 64)}
+    pipe.shots(["a circle"] * 2, **options)  # what is made at a first call stays
+    tracemalloc.start()
+    result = pipe.shots(["a circle"] * 25, **options)
+    peak = tracemalloc.get_traced_memory()[1]  # numpy's arrays are in it, torch's are not
+    tracemalloc.stop()
+    assert result.frames.shape == (9 + 24 * 8, 64, 64, 3)
+    assert peak < 1.5 * result.frames.nbytes
+
+
+@pytest.mark.parametrize(
+    ("prompts", "given", "words"),
+    [([], 5, "no prompt"), (["a", "b"], 9, "leave nothing"), (["a", "b"], 6, "not 1[+]4n")],
+)
+def test_shots_that_can_not_be(pipe, prompts, given, words, monkeypatch):
+    monkeypatch.setattr(pipe.model, "logits", None)  # said before the work
+    with pytest.raises(UserError, match=words):
+        pipe.shots(prompts, num_frames=9, given_frames=given)
 
 
 def test_classes_by_number_and_by_name():
