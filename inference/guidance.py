@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from tokenizer.errors import UserError
@@ -34,7 +35,7 @@ def guidance_table(guidance: Guidance, num_frames: int, trained_frames: int, num
         num_scales: K.
 
     Raises:
-        UserError: an unknown schedule.
+        UserError: an unknown schedule, or a strength that is no finite number.
     """
     if isinstance(guidance, str) and guidance not in SCHEDULES:
         raise UserError(f"the guidance '{guidance}' is unknown: use {', '.join(SCHEDULES)} or a number.")
@@ -45,7 +46,14 @@ def guidance_table(guidance: Guidance, num_frames: int, trained_frames: int, num
             a = min(t, last) / last if last else 0.0
             b = k / (num_scales - 1) if num_scales > 1 else 0.0
             return SCHEDULES[guidance](a, b)
-        return float(guidance(t, k)) if callable(guidance) else float(guidance)
+        value = guidance(t, k) if callable(guidance) else guidance
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise UserError(f"the guidance of frame {t} and scale {k} is {value}: give a finite number.")
+        return number
 
     return [[gamma(t, k) for k in range(num_scales)] for t in range(num_frames)]
 

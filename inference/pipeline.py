@@ -305,6 +305,8 @@ class VideoARPipeline:
             Memory does not grow with the length where a window bounds what a frame sees.
         """
         wanted = self._request(prompt, class_label, seed, num_frames, image, video, given_frames, size)
+        if len(wanted.seeds) != 1:
+            raise UserError(f"{len(wanted.seeds)} clips can't be streamed at once: give one prompt.")
         frames = self._sample(wanted, slice(0, 1), guidance, temperature, window)
         codes = (Codes(tuple(scale[:, None] for scale in bits), wanted.schedule) for bits in frames)
         return (to_pixels(pixels)[0] for pixels in decode_stream(self.tokenizer, codes))
@@ -333,7 +335,7 @@ class VideoARPipeline:
     def _sample(
         self, wanted: _Request, part: slice, guidance: Guidance, temperature: float, window: int | None
     ) -> Iterator[tuple[Tensor, ...]]:
-        """The latent frames of some of the clips."""
+        """The latent frames of some of the clips; what does not fit is refused here, before the first of them."""
         given, count = wanted.given, len(wanted.seeds[part])
         if given is not None:
             given = Codes(tuple(bits.expand(count, *bits.shape[1:]) for bits in given.bits), given.schedule)

@@ -14,10 +14,9 @@ from tokenizer.codes import Codes
 from tokenizer.errors import UserError
 from tokenizer.resample import to_values, up
 from tokenizer.scales import ScaleSchedule
-from tokenizer.sequence import block_input, input_scales
+from tokenizer.sequence import SequenceLayout, block_input, input_scales
 
 
-@torch.no_grad()
 def sample_frames(
     model: VideoARTransformer,
     text: Tensor,
@@ -30,7 +29,7 @@ def sample_frames(
     given: Codes | None = None,
     window: int | None = None,
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Yields latent frame after latent frame as soon as its bits are drawn.
+    """Yields latent frame after latent frame as soon as its bits are drawn. Wrong arguments are refused by the call itself.
 
     Args:
         model: the network.
@@ -50,11 +49,27 @@ def sample_frames(
     Raises:
         UserError: arguments that do not fit each other.
     """
+    layout = model.config.layout(num_frames, schedule)
+    _check(layout.num_frames, layout.schedule, text, seeds, temperature, given, window)
+    gammas = guidance_table(guidance, layout.num_frames, model.config.num_frames, layout.schedule.num_scales)
+    return _frames(model, text, text_lengths, seeds, layout, gammas, temperature, given, window)
+
+
+@torch.no_grad()
+def _frames(
+    model: VideoARTransformer,
+    text: Tensor,
+    text_lengths: Tensor,
+    seeds: Sequence[int],
+    layout: SequenceLayout,
+    gammas: list[list[float]],
+    temperature: float,
+    given: Codes | None,
+    window: int | None,
+) -> Iterator[tuple[Tensor, ...]]:
+    """What `sample_frames` yields."""
     config, batch, device = model.config, len(seeds), text.device
-    layout = config.layout(num_frames, schedule)
     schedule, count = layout.schedule, layout.num_frames
-    _check(layout.num_frames, schedule, text, seeds, temperature, given, window)
-    gammas = guidance_table(guidance, count, config.num_frames, schedule.num_scales)
     branches = 2 if needs_unconditional(gammas) else 1
     drop = torch.arange(branches, device=device).repeat_interleave(batch) == 1
     both = [torch.cat([value] * branches) for value in (text, text_lengths)]
@@ -118,7 +133,10 @@ def _check(
 ) -> None:
     if len(seeds) != text.shape[0]:
         raise UserError(f"{len(seeds)} seeds were given for {text.shape[0]} clips: give one seed a clip.")
-    if temperature < 0:
+    for seed in seeds:
+        if not -(2**63) <= seed < 2**64:
+            raise UserError(f"the seed is {seed}: give one from 0 to 2^62 - 1.")
+    if not temperature >= 0:  # NaN is no temperature either
         raise UserError(f"the temperature is {temperature}: use 0 (the likelier bit) or more.")
     if num_frames < 1:
         raise UserError(f"{num_frames} latent frames were asked for: ask for at least 1.")

@@ -36,6 +36,9 @@ def test_constants_functions_and_names():
     assert guidance_table(lambda t, k: 10 * t + k, 2, 5, 3) == [[0, 1, 2], [10, 11, 12]]
     with pytest.raises(UserError, match="'ufc' is unknown: use ucf, t2v"):
         guidance_table("ufc", 2, 5, 3)
+    for wrong in (float("nan"), float("inf"), None, lambda t, k: float("nan") if (t, k) == (1, 2) else 1.0):
+        with pytest.raises(UserError, match="give a finite number"):
+            guidance_table(wrong, 2, 5, 3)  # type: ignore[arg-type]
 
 
 def test_the_unconditional_branch_is_left_out_only_if_gamma_is_one_throughout():

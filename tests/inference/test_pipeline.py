@@ -96,9 +96,24 @@ def test_clips_longer_than_trained_are_decoded_in_pieces_no_longer_than_trained(
         assert wrong.max() <= most and (wrong > 0).mean() <= share
 
 
-def test_a_stream_refuses_before_its_first_frame(pipe):
-    with pytest.raises(UserError, match="12 frames are not 1"):
-        pipe.stream("a circle", num_frames=12)
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_frames": 12}, "12 frames are not 1"),
+        ({"guidance": "nope"}, "guidance 'nope' is unknown"),
+        ({"guidance": float("nan")}, "guidance of frame 0 and scale 0 is nan"),
+        ({"guidance": lambda t, k: None}, "guidance of frame 0 and scale 0 is None"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"window": 0}, "window is 0"),
+        ({"seed": 2**64}, "seed is 18446744073709551616"),
+        ({"video": pixels(13), "num_frames": 5, "given_frames": 9}, "3 latent frames are given but only 2"),
+        ({"prompt": ["a circle", "a square"]}, "2 clips can't be streamed"),
+    ],
+)
+def test_a_stream_refuses_before_its_first_frame(pipe, options, words):
+    with pytest.raises(UserError, match=words):
+        pipe.stream(**{"prompt": "a circle", **options})
 
 
 def test_lengths_and_sizes(pipe):

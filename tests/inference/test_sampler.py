@@ -189,6 +189,9 @@ def test_frames_come_one_by_one_on_another_schedule():
     [
         ({"seeds": [0]}, "seeds"),
         ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"seeds": [0, 2**64]}, "the seed is"),
+        ({"guidance": "nope"}, "guidance"),
         ({"num_frames": 0}, "at least 1"),
         ({"window": 0}, "window"),
         ({"given": random_codes(2, 4)}, "longer video"),
@@ -198,4 +201,5 @@ def test_frames_come_one_by_one_on_another_schedule():
 def test_arguments_that_do_not_fit(options: dict, words: str):
     model = tiny_model()
     with pytest.raises(UserError, match=words):
-        sample(model, random_text(2, model.config), torch.tensor([3, 3]), **{"seeds": [0, 1], **options})
+        # by the call, before a frame is asked for
+        sample_frames(model, random_text(2, model.config), torch.tensor([3, 3]), **{"seeds": [0, 1], **options})
