@@ -149,6 +149,11 @@ def generate(args: argparse.Namespace, _: list[str]) -> None:
         raise UserError(f"a video of {args.seconds} seconds is impossible: give a length above 0.")
     if not args.temperature >= 0:
         raise UserError(f"the temperature is {args.temperature}: use 0 (the likelier bit) or more.")
+    folder = not args.grid and (args.prompt_file is not None or args.samples > 1)
+    if args.format and not folder:
+        raise UserError(
+            f"--format {args.format} is for the videos of a folder: leave it out, and let the ending of --out say it."
+        )
     options: dict[str, Any] = {
         "guidance": _guidance(args.guidance),
         "temperature": args.temperature,
@@ -160,8 +165,8 @@ def generate(args: argparse.Namespace, _: list[str]) -> None:
     many = (args.samples, args.seed, args.batch_size, given)
     if args.grid:
         out = generate_grid(pipe, [prompt.text for prompt in prompts], args.out, frames, *many, **options)
-    elif args.prompt_file or args.samples > 1:
-        out = generate_folder(pipe, prompts, args.out, frames, *many, format=args.format, **options)
+    elif folder:
+        out = generate_folder(pipe, prompts, args.out, frames, *many, format=args.format or "mp4", **options)
     else:
         out = generate_file(pipe, args.prompt, args.out, frames, args.seed, given, **options)
     print(out)
@@ -505,7 +510,7 @@ def _parser() -> argparse.ArgumentParser:
         help="all videos in the one file --out, a row a prompt; .png: their middle frames",
     )
     command.add_argument(
-        "--format", choices=("mp4", "gif", "frames"), default="mp4", help="of videos in a folder (default: %(default)s)"
+        "--format", choices=("mp4", "gif", "frames"), help="of the videos of --prompt-file or --samples (default: mp4)"
     )
     given = command.add_mutually_exclusive_group()
     given.add_argument("--image", type=Path, help="the first frame")

@@ -57,12 +57,19 @@ class Given:
         return {"video": frames}
 
     def metadata(self) -> dict[str, Any] | None:
-        """What a file says about it: the kind and the hash of the file's bytes."""
+        """What a file says about it: the kind and the hash of the file's bytes.
+
+        Raises:
+            UserError: the file is missing or unreadable.
+        """
         file = self.image or self.video
         if file is None:
             return None
-        with open(file, "rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        try:
+            with open(file, "rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"the file {file} can't be read ({error.strerror}): check the path.") from error
         kind = "image" if self.image else "video"
         return {"kind": kind, "sha256": digest} | ({"frames": self.video_frames} if self.video_frames else {})
 
@@ -111,7 +118,8 @@ def generate_file(
     check_prompts(pipe, [prompt])
     _check_target(out)
     clip = pipe(prompt=prompt, num_frames=frames, seed=seed, progress=True, **given.options(pipe), **options).frames
-    _write(clip, out, pipe.fps, clip_metadata(pipe, pipe.fingerprint, prompt, seed, clip, given, options))
+    metadata = clip_metadata(pipe, pipe.fingerprint, prompt, seed, clip, given, options)
+    _write(clip, out, pipe.fps, metadata, as_frames=not out.suffix)
     return out
 
 
@@ -152,7 +160,12 @@ def generate_grid(
     rows = [clips[start : start + samples] for start in range(0, len(clips), samples)]
     metadata = clip_metadata(pipe, pipe.fingerprint, list(prompts), seed, clips[0], given, options)
     sheet = grid(prompts, rows)
-    _write(sheet, out, pipe.fps, metadata | {"grid": [len(prompts), samples], "seed": [seed, seed + len(jobs) - 1]})
+    write_video(
+        sheet,
+        out,
+        pipe.fps,
+        metadata=metadata | {"grid": [len(prompts), samples], "seed": [seed, seed + len(jobs) - 1]},
+    )
     return out
 
 
@@ -203,7 +216,7 @@ def generate_folder(
             for clip, clip_seed in zip(clips, seeds):
                 prompt, name = jobs[len(rows)], names[len(rows)]
                 metadata = clip_metadata(pipe, model, prompt, clip_seed, clip, given, options)
-                _write(clip, folder / name, pipe.fps, metadata)
+                _write(clip, folder / name, pipe.fps, metadata, as_frames=format == "frames")
                 rows.append({"path": name, "caption": prompt, "seed": clip_seed})
             meter.advance(len(clips))
         with open(folder / "prompts.csv", "w", newline="", encoding="utf-8") as file:
@@ -263,8 +276,8 @@ def _check_target(out: Path) -> None:
         raise UserError(f"{out} is a file, which frames can't be written into: give another name.")
 
 
-def _write(clip: np.ndarray, out: Path, fps: float, metadata: dict[str, Any]) -> None:
-    if out.suffix.lower() in (".mp4", ".gif", ".png"):
-        write_video(clip, out, fps, metadata=metadata)
-    else:
+def _write(clip: np.ndarray, out: Path, fps: float, metadata: dict[str, Any], as_frames: bool) -> None:
+    if as_frames:
         write_frames(clip, out, metadata)
+    else:
+        write_video(clip, out, fps, metadata=metadata)

@@ -157,6 +157,35 @@ def test_names_formats_and_given_frames_of_a_folder(pipe, models, tmp_path, caps
     assert {path.name for path in (tmp_path / "two").glob("*.gif")} == {"00000.gif", "00001.gif"}
 
 
+def test_frames_are_frames_whatever_their_name(models, tmp_path):
+    (tmp_path / "p.csv").write_text("caption,name\na circle,shot.mp4\na square,other\n")
+    words = ["--prompt-file", tmp_path / "p.csv", "--out", tmp_path / "out"]
+    assert generate(models, *words, "--format", "frames") == 0
+    for name in ("shot.mp4", "other"):
+        folder = tmp_path / "out" / name
+        assert folder.is_dir() and frames_of(folder).shape == (5, 32, 32, 3)
+
+
+@pytest.mark.parametrize("more", [[], ["--samples", 2, "--grid"]])
+def test_a_format_that_would_have_no_effect_is_refused(models, tmp_path, capsys, more):
+    words = ["--prompt", "a", "--format", "gif", "--out", tmp_path / "clip.mp4", *more]
+    assert generate(models, *words) == 2
+    assert "--format gif is for the videos of a folder" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["--image", "--video"])
+@pytest.mark.parametrize("more", [[], ["--samples", 2], ["--grid"]])
+def test_a_missing_file_to_begin_with_is_said_in_one_sentence(models, tmp_path, capsys, what, more):
+    for name in ("none.png", "folder"):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        out = tmp_path / ("out" if "--samples" in more else "out.mp4")
+        assert generate(models, "--prompt", "a", what, tmp_path / name, "--out", out, *more) == 2
+        error = capsys.readouterr().err.strip().splitlines()
+        assert error[-1].startswith("videoar generate: ") and str(tmp_path / name) in error[-1], error
+        assert not out.exists()
+
+
 def test_a_grid_has_a_row_a_prompt_and_a_column_a_sample(pipe, models, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("a circle\na blue square that is quite wide\n")
     words = ["--prompt-file", tmp_path / "p.txt", "--samples", 3, "--seed", 5, "--batch-size", 4, "--grid"]
