@@ -423,7 +423,8 @@ class VideoARPipeline:
         for index, prompt in enumerate(prompts):
             features = self.encoder.encode(prompt)
             if len(features) > limit:
-                warnings.warn(f"the prompt '{prompt}' is cut to the model's {limit} text tokens", stacklevel=3)
+                # without the prompt: Python keeps every text that it has warned with
+                warnings.warn(f"a prompt is cut to the model's {limit} text tokens", stacklevel=3)
             kept = torch.tensor(features[:limit], device=self.device)
             text[index, : len(kept)], lengths[index] = kept, len(kept)
         return text, lengths

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import tracemalloc
 import warnings
 
@@ -237,6 +238,17 @@ def test_long_prompts_are_cut_with_a_warning(pipe):
         warnings.simplefilter("error")
         short = pipe("one two three four five six seven eight")
     assert torch.equal(cut.codes.tokens(), short.codes.tokens())
+
+
+def test_warnings_keep_no_prompts(pipe):
+    """Python remembers the text of every warning for as long as the process lives."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("default")
+        for number in range(50):
+            pipe.encode_prompts([f"secret{number} " * 20])
+    assert len(warned) == 1 and "secret" not in str(warned[0].message)
+    modules = [vars(module).get("__warningregistry__", {}) for module in list(sys.modules.values()) if module]
+    assert not any("secret" in str(key) for registry in modules for key in registry)
 
 
 @pytest.mark.parametrize(
