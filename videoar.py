@@ -687,7 +687,8 @@ def _speed(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     command.add_argument(
         "--compile", action="store_true",
-        help="on a GPU: torch.compile and CUDA graphs; the first video of a shape takes longer, later ones less",
+        help="on a GPU: torch.compile and CUDA graphs; the first video of a shape (size, length, videos at once, text tokens to the next "
+        "multiple of 64) takes longer, later ones less",
     )  # fmt: skip
 
 

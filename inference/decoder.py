@@ -11,6 +11,9 @@ from inference.model import VideoARTransformer
 from inference.steps import decoding_steps
 from tokenizer.sequence import SequenceLayout
 
+TEXT_STEP = 64
+"""Of text lengths where steps are CUDA graphs: each length would otherwise have graphs of its own, which few prompts share."""
+
 
 class CachedDecoder:
     """Runs a transformer block by block in sequence order: one call a (frame, scale), and one a context block.
@@ -37,6 +40,8 @@ class CachedDecoder:
         window: int | None = None,
     ):
         longest = int(text_lengths.max())
+        if model.graphs is not None and not model.config.num_classes:
+            longest = min(-(-longest // TEXT_STEP) * TEXT_STEP, text.shape[1])
         self.model, self.layout = model, replace(layout, text_length=longest, multiple=1)
         trained = model.config.num_frames
         limits = [window, model.config.window, trained - 1 if layout.num_frames > trained else None]
@@ -48,7 +53,7 @@ class CachedDecoder:
         self._text = model.embedding.embed_text(text, drop_condition)  # [B, L, h]
         self._positions = model.positions(self.layout, text_lengths)  # [B, S, 3]
         self._text_lengths = text_lengths
-        # only unequal texts leave keys that some clip must not see
+        # only padded texts leave keys that some clip must not see
         token = torch.arange(self.layout.length, device=text.device)[None]
         valid = (token < text_lengths[:, None]) | (token >= longest)
         self._valid = None if bool((text_lengths == longest).all()) else valid  # [B, S]

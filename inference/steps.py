@@ -2,7 +2,8 @@
 
 A step's time on a GPU is that of starting its some 400 kernels. A CUDA graph starts them all at once, but for fixed shapes and addresses
 only: there is one for each (tokens, cached length) that a clip goes through, T x K of them, or (w + 1) x K with a window of w frames. They
-are captured in the first clip of a shape and replayed in all later ones, with attention over exactly what is cached.
+are captured in the first clip of a shape and replayed in all later ones, with attention over exactly what is cached. A shape is the grids,
+the number of frames, the window, the rows of the batch, and the text's length, which the decoder therefore pads to few values.
 """
 
 from __future__ import annotations

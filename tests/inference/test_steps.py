@@ -83,12 +83,26 @@ def test_clips_that_are_decoded_at_once_do_not_share_a_cache():
     assert capture.captures == captures  # one of the two was free again
 
 
+def test_prompts_of_unlike_lengths_share_the_graphs():
+    model = tiny_model(max_text_length=70)
+    text = random_text(2, model.config)
+    lengths = [torch.tensor(pair) for pair in ([3, 3], [1, 9], [65, 2], [2, 70])]
+    options = {"num_frames": 4, "window": 1}
+    expected = [sample(model, text, length, [5, 6], **options).tokens() for length in lengths]
+    capture, captures = graphed(model), []
+    for length, tokens in zip(lengths, expected):
+        assert torch.equal(sample(model, text, length, [5, 6], **options).tokens(), tokens)
+        captures.append(capture.captures)
+    once = captures[0]
+    assert captures == [once, once, 2 * once, 2 * once]  # up to 64 tokens, and up to the model's 70
+
+
 def test_caches_of_shapes_that_are_no_longer_decoded_go():
     model = tiny_model()
     text = random_text(1, model.config)
     graphed(model, most=1)
-    for length in (1, 2, 3):
-        sample(model, text, torch.tensor([length]), [0])
+    for count in (1, 2, 3):
+        sample(model, text, torch.tensor([3]), [0], num_frames=count)
         gc.collect()
     assert model.graphs is not None and len(model.graphs._free) == 1
 
