@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +13,8 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+
+log = logging.getLogger("videoar.serve")
 
 
 class ErrorDetail(BaseModel):
@@ -50,6 +54,20 @@ class ApiError(Exception):
 def refused(code: str, message: str) -> ApiError:
     """422: the request can't be carried out as it is."""
     return ApiError(422, code, message)
+
+
+DISK_FULL = ("disk_full", "the server's disk is full: try again later, or tell its owner.")
+"""Code and message."""
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether a file could not be written for want of space (FFmpeg's errors name the number, too)."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_the_servers(error: BaseException) -> bool:
+    """Whether the server's means are at an end, whatever the client sent."""
+    return isinstance(error, MemoryError) or disk_is_full(error)
 
 
 def _type(status: int) -> str:

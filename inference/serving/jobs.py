@@ -95,6 +95,11 @@ class Job:
         """All pixels, while the video is made."""
         return self.folder / "frames.raw"
 
+    @property
+    def raw_bytes(self) -> int:
+        """Of `raw_file`, when the video is whole."""
+        return 3 * self.wanted.num_frames * self.wanted.size[0] * self.wanted.size[1]
+
     def frame_file(self, index: int) -> Path:
         """A finished frame."""
         return self.folder / f"{index:06d}.jpg"

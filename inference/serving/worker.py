@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import io
 import logging
+import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -15,6 +18,7 @@ import torch
 from PIL import Image
 
 from inference.pipeline import VideoARPipeline
+from inference.serving.errors import DISK_FULL, disk_is_full
 from inference.serving.jobs import CANCELLED, COMPLETED, FAILED, Job, JobStore
 from inference.serving.metrics import Metrics
 from tokenizer.errors import UserError
@@ -66,24 +70,26 @@ class Worker(threading.Thread):
     def _generate(self, job: Job, start: float) -> None:
         """Frames as they come: a JPEG each for those who watch, and pixels on disk for the video."""
         wanted, shape = job.wanted, (job.wanted.num_frames, *job.wanted.size, 3)
-        # on disk: memory does not grow with the length
-        pixels = np.memmap(job.raw_file, dtype=np.uint8, mode="w+", shape=shape)
+        if shutil.disk_usage(job.folder).free < job.raw_bytes:  # better now than after an hour
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(job.raw_file))
         frames = self.pipe.stream(
             num_frames=wanted.num_frames, guidance=wanted.guidance, temperature=wanted.temperature, seed=wanted.seed,
             size=wanted.size, **self._condition(wanted.prompt), **_given(job),
         )  # fmt: skip
-        for chunk in frames:
-            for frame in chunk:
-                pixels[job.frames_done] = frame
-                _write_frame(frame, job.frame_file(job.frames_done))
-                if job.frames_done == 0:
-                    self.metrics.first_frame.observe(time.monotonic() - start)
-                job.frames_done += 1
-            self.metrics.frames.inc(len(chunk))
-            job.changed()
-            if job.cancelled or self.store.stopped:
-                raise _Cancelled
-        write_video(pixels, job.video_file, self.pipe.fps)
+        # on disk: memory does not grow with the length. Written, not mapped: a full disk is an error then, no signal that ends the process
+        with job.raw_file.open("wb") as raw:
+            for chunk in frames:
+                for frame in chunk:
+                    raw.write(np.ascontiguousarray(frame).data)
+                    _write_frame(frame, job.frame_file(job.frames_done))
+                    if job.frames_done == 0:
+                        self.metrics.first_frame.observe(time.monotonic() - start)
+                    job.frames_done += 1
+                self.metrics.frames.inc(len(chunk))
+                job.changed()
+                if job.cancelled or self.store.stopped:
+                    raise _Cancelled
+        write_video(np.memmap(job.raw_file, np.uint8, "r", shape=shape), job.video_file, self.pipe.fps)
 
     def _condition(self, prompt: str) -> dict[str, Any]:
         if self.pipe.config.num_classes and not self.pipe.class_names:
@@ -110,6 +116,8 @@ def _explained(problem: Exception, job: Job) -> tuple[str, str]:
     if isinstance(problem, UserError):
         return "invalid_request", str(problem)
     log.error("%s failed", job.id, exc_info=problem)
+    if disk_is_full(problem):
+        return DISK_FULL
     # torch's CPU allocator raises a plain RuntimeError
     if isinstance(problem, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(problem):
         return "out_of_memory", "the server ran out of memory for this video: ask for a shorter or a smaller one."

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import subprocess
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any
 import av
 import httpx
 import numpy as np
+import pytest
 import uvicorn
 from PIL import Image
 
@@ -63,6 +67,13 @@ class Running:
             time.sleep(0.01)
         raise AssertionError(f"the job is still {job['status']}")
 
+    def wait_for(self, fits: Callable[[], bool], seconds: float = 30.0) -> None:
+        """Until something is the case."""
+        end = time.monotonic() + seconds
+        while not fits():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
     def metric(self, line: str) -> float:
         """The value of one line of /metrics."""
         for text in self.http.get("/metrics").text.splitlines():
@@ -105,6 +116,34 @@ def running(pipe: Any, api_key: str | None = None, **settings: Any) -> Iterator[
         thread.join(20)
         service.close()
         assert not thread.is_alive() and not service.worker.is_alive() and not service.folder.exists()
+
+
+@contextmanager
+def small_disk(folder: Path, size: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A file system of so many bytes, on which servers that are made meanwhile put their files."""
+    disk = folder / "disk"
+    disk.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+    mounted = subprocess.run(words, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system can't be mounted here: {mounted.stderr.strip()}")
+    try:
+        monkeypatch.setattr(tempfile, "tempdir", str(disk))
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """A file that takes all that is free."""
+    file = disk / "filler"
+    with file.open("wb", buffering=0) as filler:
+        try:
+            while filler.write(bytes(4096)):
+                pass
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+    return file
 
 
 class Paced:
