@@ -57,7 +57,9 @@ class _Exchange:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, guard: Guard):
         self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        self.path, self._receive, self._send, self.guard = scope["path"], receive, send, guard
+        # the limit goes by the type: were there two, the body could be read as the other one
+        self.types = sum(name == b"content-type" for name, _ in scope["headers"])
+        self.scope, self.path, self._receive, self._send, self.guard = scope, scope["path"], receive, send, guard
         form = self.headers.get("content-type", "").lower().startswith("multipart/form-data")
         self.limit = guard.max_bytes if form else guard.max_plain_bytes
         self.read, self.whole, self.status = 0, False, 0
@@ -65,6 +67,8 @@ class _Exchange:
 
     def refusal(self) -> ApiError | None:
         """What can be said before anything is read."""
+        if self.types > 1:
+            return ApiError(400, "repeated_header", "the header Content-Type was sent more than once: send it once.")
         length = self.headers.get("content-length", "")
         if length.isdigit() and int(length[:18]) > self.limit:
             return self._too_large()

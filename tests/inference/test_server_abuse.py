@@ -312,17 +312,26 @@ def test_uploads_over_the_limit_are_stopped_while_they_are_read(server):
     refused(chunked, 413, "body_too_large")
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_body_has_one_type(server, order):
+    """Of two the guard once took the last, which has the larger limit, and the parser the first: JSON of any size was parsed."""
+    body = b'{"prompt": "' + b"a" * 150_000
+    headers = [("Content-Type", kind) for kind in ("application/json", "multipart/form-data; boundary=x")][::order]
+    refused(server.http.post("/v1/videos", content=body, headers=headers), 400, "repeated_header")
+
+
 def test_a_slow_client_is_told_to_hurry():
     with running(tiny_pipeline(), upload_seconds=0.3, max_queue=1) as server:
-
-        def slow():
-            yield b'{"prompt": '
-            time.sleep(0.8)
-            yield b'"a"}'
-
-        headers = {"Content-Type": "application/json"}
-        refused(server.http.post("/v1/videos", content=slow(), headers=headers), 408, "too_slow")
-        assert server.wait(server.make()["id"])["status"] == "completed"  # its place in the queue is free
+        with socket.create_connection(_address(server), timeout=30) as client:
+            client.sendall(_HEAD + b'application/json\r\n\r\n{"prompt": ')  # and no more
+            answer = b""
+            while b"too_slow" not in answer:
+                assert (part := client.recv(65536)), answer
+                answer += part
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        with server.service.store.place():  # the only one, which it held, is free
+            pass
+        assert server.http.get("/health").json()["status"] == "ok"
 
 
 def test_pages_of_other_sites_may_not_use_it(server):
@@ -362,7 +371,7 @@ def test_two_hundred_at_once():
 def test_clients_that_vanish():
     paced = Paced(tiny_pipeline())
     with running(paced, max_queue=2) as server:
-        address = (server.url.rsplit(":", 1)[0].removeprefix("http://"), int(server.url.rsplit(":", 1)[1]))
+        address = _address(server)
         abort = struct.pack("ii", 1, 0)  # an RST at once, as of a client that was killed
 
         def vanish(request: bytes, read: int) -> None:
@@ -373,11 +382,10 @@ def test_clients_that_vanish():
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, abort)
 
         # in the middle of uploads, more than the queue has places
-        head = b"POST /v1/videos HTTP/1.1\r\nHost: x\r\nContent-Length: 90000\r\nContent-Type: "
         part = b'--x\r\nContent-Disposition: form-data; name="input_reference"; filename="a"\r\n\r\n' + bytes(30_000)
         for _ in range(5):
-            vanish(head + b"multipart/form-data; boundary=x\r\n\r\n" + part, 0)
-            vanish(head + b"application/json\r\n\r\n{", 0)
+            vanish(_HEAD + b"multipart/form-data; boundary=x\r\n\r\n" + part, 0)
+            vanish(_HEAD + b"application/json\r\n\r\n{", 0)
         job = _eventually_made(server)
         # in the middle of the frames
         for _ in range(5):
@@ -395,6 +403,14 @@ def test_clients_that_vanish():
         assert not any(job._watchers for job in server.service.store.listed())
         assert not server.service.store._reserved  # no place in the queue is lost
         assert server.wait(server.make()["id"])["status"] == "completed"
+
+
+_HEAD = b"POST /v1/videos HTTP/1.1\r\nHost: x\r\nContent-Length: 90000\r\nContent-Type: "
+
+
+def _address(server: Running) -> tuple[str, int]:
+    host, port = server.url.removeprefix("http://").rsplit(":", 1)
+    return host, int(port)
 
 
 def _eventually_made(server: Running) -> dict:
