@@ -30,8 +30,8 @@ from inference.serving.guard import Guard
 from inference.serving.jobs import COMPLETED, Job, QueueFull
 from inference.serving.requests import checked, parsed, request_schemas
 from inference.serving.service import VideoService
-from inference.serving.uploads import read_reference
-from inference.serving.variants import MEDIA_TYPES, variant_file
+from inference.serving.uploads import DECODERS, read_reference
+from inference.serving.variants import MEDIA_TYPES, make_variant
 
 PAGE = Path(__file__).parent / "page"
 FORM_SLACK = 65536  # bytes of a form beside its file
@@ -118,7 +118,8 @@ def _videos(service: VideoService) -> APIRouter:
     router = APIRouter(prefix="/v1", dependencies=_key_check(service), responses=common)
     store, config = service.store, service.config
     plain = _plain_bytes(config)
-    decoders = CapacityLimiter(2)  # uploads are decoded by few threads: each takes memory
+    # each of them takes memory; downloads must not wait for uploads
+    decoders, writers = CapacityLimiter(DECODERS), CapacityLimiter(1)
 
     def shown(job: Job) -> views.Video:
         return views.video(job, store, service.name, service.pipe.fps)
@@ -201,7 +202,9 @@ def _videos(service: VideoService) -> APIRouter:
         job = known(video_id)
         if job.status != COMPLETED:
             raise ApiError(409, *views.why_no_content(job))
-        file = await to_thread.run_sync(variant_file, job, query.variant, service.pipe.fps, limiter=decoders)
+        file = job.variant_file(query.variant)
+        if not file.is_file():
+            await to_thread.run_sync(make_variant, job, query.variant, service.pipe.fps, limiter=writers)
         return FileResponse(file, media_type=MEDIA_TYPES[query.variant], filename=f"{job.id}.{query.variant}")
 
     @router.get(

@@ -21,6 +21,7 @@ class ServeConfig:
         max_upload_bytes: largest uploaded file.
         max_upload_pixels: largest uploaded image, or frame of an uploaded video, width times height.
         max_upload_frames: frames of the longest uploaded video, both its own and at the model's rate.
+        max_upload_video_pixels: of all frames of an uploaded video together, which bounds the time that its decoding takes.
         upload_seconds: time that a client has to send a request.
         keep_videos: finished jobs that are kept; the oldest go first.
         keep_bytes: what the finished jobs may take on disk together; the oldest go first.
@@ -36,6 +37,7 @@ class ServeConfig:
     max_upload_bytes: int = 64 * 1024 * 1024
     max_upload_pixels: int = 50_000_000
     max_upload_frames: int = 3000
+    max_upload_video_pixels: int = 1_000_000_000
     upload_seconds: float = 120.0
     keep_videos: int = 100
     keep_bytes: int = 2 * 1024**3
@@ -43,7 +45,7 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         counts = ("max_queue", "max_pixels", "max_prompt_characters", "max_upload_bytes", "max_upload_pixels")
-        counts += ("max_upload_frames", "keep_videos", "keep_bytes")
+        counts += ("max_upload_frames", "max_upload_video_pixels", "keep_videos", "keep_bytes")
         check_each(self, counts, lambda value: value >= 1, "be at least 1", "the server's ")
         check_each(self, ("max_seconds", "upload_seconds"), lambda value: value > 0, "be above 0", "the server's ")
         check_each(self, ("port",), lambda value: 0 <= value <= 65535, "lie between 0 and 65535", "the server's ")

@@ -90,6 +90,10 @@ class Job:
         """The finished video."""
         return self.folder / "video.mp4"
 
+    def variant_file(self, variant: str) -> Path:
+        """The finished video as another kind of file, or as an mp4."""
+        return self.video_file.with_suffix(f".{variant}")
+
     @property
     def raw_file(self) -> Path:
         """All pixels, while the video is made."""

@@ -20,6 +20,8 @@ from tokenizer.frames import FrameClock, only_video_stream
 IMAGES = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 # a demuxer of playlists would open other files of this machine
 VIDEOS = "mov,mp4,matroska,webm,avi,ogg,mpegts"
+DECODERS = 2
+"""Files that are decoded at once."""
 _HINT = "send a PNG, JPEG or WebP image, or an mp4, webm, mkv, mov or avi video"
 
 
@@ -101,9 +103,17 @@ def _check_video(file: Path, fps: float, config: ServeConfig) -> None:
             raise refused("bad_input_reference", f"the uploaded file holds no pictures: {_HINT}.")
         _check_pixels("video", stream.width, stream.height, config)
         stream.codec_context.options = {"max_pixels": str(config.max_upload_pixels)}
-        clock, start, count = FrameClock(stream), None, 0
+        clock, start, count, pixels = FrameClock(stream), None, 0, 0
         for frame in container.decode(stream):
             _check_pixels("video", frame.width, frame.height, config)
+            pixels += frame.width * frame.height
+            if pixels > config.max_upload_video_pixels:  # a black one of gigapixels takes few bytes and many minutes
+                raise ApiError(
+                    413,
+                    "upload_too_large",
+                    f"the uploaded video's frames have too many pixels together: send at most {config.max_upload_video_pixels}, "
+                    "smaller or fewer frames.",
+                )
             time = clock(frame)
             start, count = time if start is None else start, count + 1
             # a gap between two timestamps counts as frames, too

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from inference.serving.errors import ApiError
@@ -17,8 +15,8 @@ MAX_PIXELS = 64_000_000
 """Of all frames together: those of a GIF, or of a PNG that holds them side by side, are held in memory at once."""
 
 
-def variant_file(job: Job, variant: str, fps: float) -> Path:
-    """The file of a finished job.
+def make_variant(job: Job, variant: str, fps: float) -> None:
+    """Writes a kind of file of a finished job, if it is not there.
 
     Args:
         job: completed.
@@ -28,9 +26,9 @@ def variant_file(job: Job, variant: str, fps: float) -> Path:
     Raises:
         ApiError: the video is too long for this kind of file, or was deleted meanwhile.
     """
-    file = job.video_file.with_suffix(f".{variant}")
-    if file.is_file():
-        return file
+    file = job.variant_file(variant)
+    if file.is_file():  # another one has asked for it meanwhile
+        return
     height, width = job.wanted.size
     if job.wanted.num_frames * height * width > MAX_PIXELS:
         raise ApiError(409, "too_long_for_variant", f"this video is too long for a {variant}: take the mp4.")
@@ -40,4 +38,3 @@ def variant_file(job: Job, variant: str, fps: float) -> Path:
         job.bytes += file.stat().st_size
     except (OSError, UserError):
         raise ApiError(404, "unknown_video", "this video was deleted meanwhile: make it again.") from None
-    return file

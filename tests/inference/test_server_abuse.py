@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inference.serving import ServeConfig
+from inference.serving import ServeConfig, app
 from inference.serving.errors import ApiError
-from inference.serving.uploads import read_reference
+from inference.serving.uploads import DECODERS, read_reference
 from tests.inference.serving_tools import Paced, Running, film, picture, running
 from tests.inference.test_pipeline import pixels, tiny_pipeline
 
@@ -265,6 +265,40 @@ def sound(folder: Path) -> bytes:
     return (folder / "sound.mp4").read_bytes()
 
 
+def test_the_pixels_of_all_frames_are_limited(tmp_path):
+    """A black video of 47 million pixels a frame takes little of the wire and minutes of a processor."""
+    content = film(tmp_path, frames=10)  # 64x64
+    assert read(content, tmp_path, max_upload_video_pixels=10 * 64 * 64)[1].shape[0] == 9
+    with pytest.raises(ApiError, match="at most 40959, smaller or fewer frames") as problem:
+        read(content, tmp_path, max_upload_video_pixels=10 * 64 * 64 - 1)
+    assert problem.value.status == 413
+
+
+def test_downloads_do_not_wait_for_uploads(monkeypatch, tmp_path):
+    """While as many uploads are decoded as may, finished videos are sent, also in other kinds of files."""
+    entered, leave = threading.Semaphore(0), threading.Event()
+
+    def held(*arguments):
+        entered.release()
+        assert leave.wait(60)
+        return read_reference(*arguments)
+
+    with running(tiny_pipeline()) as server, ThreadPoolExecutor(DECODERS) as crowd:
+        done = server.wait(server.make()["id"])
+        monkeypatch.setattr(app, "read_reference", held)
+        try:
+            uploads = [crowd.submit(server.upload, picture(pixels(1)[0])) for _ in range(DECODERS)]
+            for _ in uploads:
+                assert entered.acquire(timeout=30)
+            for variant in ("mp4", "gif", "gif"):
+                answer = server.http.get(f"/v1/videos/{done['id']}/content", params={"variant": variant}, timeout=20)
+                assert answer.status_code == 200
+            assert not any(upload.done() for upload in uploads)
+        finally:
+            leave.set()
+        assert [server.wait(upload.result().json()["id"])["status"] for upload in uploads] == ["completed"] * DECODERS
+
+
 def test_a_gap_in_a_videos_time_counts(tmp_path):
     """Two frames a month apart would be sampled 20 million times."""
     with av.open(str(tmp_path / "gap.mkv"), "w") as container:
@@ -278,10 +312,8 @@ def test_a_gap_in_a_videos_time_counts(tmp_path):
             frame.pts = index * 25 * 3600 * 24 * 30
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    start = time.monotonic()
     with pytest.raises(ApiError, match="too many frames"):
         read((tmp_path / "gap.mkv").read_bytes(), tmp_path)
-    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3])
