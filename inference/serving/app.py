@@ -27,7 +27,7 @@ from inference.serving import errors, views
 from inference.serving.config import ServeConfig
 from inference.serving.errors import ApiError, ErrorBody, refused
 from inference.serving.guard import Guard
-from inference.serving.jobs import COMPLETED, Job, QueueFull
+from inference.serving.jobs import COMPLETED, Job, QueueFull, Wanted
 from inference.serving.requests import checked, parsed, request_schemas
 from inference.serving.service import VideoService
 from inference.serving.uploads import DECODERS, read_reference
@@ -119,7 +119,7 @@ def _videos(service: VideoService) -> APIRouter:
     store, config = service.store, service.config
     plain = _plain_bytes(config)
     # each of them takes memory; downloads must not wait for uploads
-    decoders, writers = CapacityLimiter(DECODERS), CapacityLimiter(1)
+    decoders, writers, checkers = CapacityLimiter(DECODERS), CapacityLimiter(1), CapacityLimiter(1)
 
     def shown(job: Job) -> views.Video:
         return views.video(job, store, service.name, service.pipe.fps)
@@ -143,7 +143,7 @@ def _videos(service: VideoService) -> APIRouter:
             with store.place() as folder:
                 fields, upload = await _read(request, plain)
                 try:
-                    wanted = checked(parsed(fields, strict=upload is None), service.pipe, service.name, config)
+                    wanted = await to_thread.run_sync(_wanted, fields, upload, limiter=checkers)
                     job = Job(folder, wanted)
                     if isinstance(upload, UploadFile):
                         job.given = await to_thread.run_sync(_keep_reference, upload, job, limiter=decoders)
@@ -158,13 +158,23 @@ def _videos(service: VideoService) -> APIRouter:
             raise ApiError(429, "queue_full", str(full), headers) from None
         return shown(job)
 
+    def _wanted(fields: Any, upload: UploadFile | Literal[True] | None) -> Wanted:
+        """In a thread of its own: a text encoder may be a network."""
+        wanted = checked(parsed(fields, strict=upload is None), service.pipe, service.name, config)
+        service.check_memory(wanted)
+        return wanted
+
     def _keep_reference(upload: UploadFile, job: Job) -> str:
         wanted = job.wanted
         # as many frames as the pipeline takes by itself: up to half of the result
         kind, frames = read_reference(
             upload.file, job.folder, wanted.size, service.pipe.fps, (wanted.num_frames + 1) // 2, config
         )
-        np.save(job.given_file, frames, allow_pickle=False)
+        service.check_memory(wanted, len(frames))
+        frames = np.ascontiguousarray(frames)
+        with job.given_file.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(frames))
+            file.write(frames.data)  # of a full disk np.save does not say that it is full
         return kind
 
     @router.get("/videos", summary="The jobs", responses=_error_answers(404, 422))

@@ -7,8 +7,10 @@ import tempfile
 from pathlib import Path
 
 from inference.pipeline import VideoARPipeline
+from inference.serving import memory
 from inference.serving.config import ServeConfig
-from inference.serving.jobs import JobStore
+from inference.serving.errors import refused
+from inference.serving.jobs import JobStore, Wanted
 from inference.serving.metrics import Metrics
 from inference.serving.worker import Worker
 
@@ -25,6 +27,7 @@ class VideoService:
 
     def __init__(self, pipe: VideoARPipeline, name: str, config: ServeConfig, api_key: str | None = None):
         self.pipe, self.name, self.config, self.api_key = pipe, name, config, api_key
+        self._memory = memory.available(pipe.device)
         self.folder = Path(tempfile.mkdtemp(prefix="videoar-serve-"))
         self.store = JobStore(self.folder, config.max_queue, config.keep_videos, config.keep_bytes)
         self.metrics = Metrics(self.store)
@@ -33,6 +36,22 @@ class VideoService:
     def start(self) -> None:
         """Starts to work on jobs."""
         self.worker.start()
+
+    def check_memory(self, wanted: Wanted, given: int = 0) -> None:
+        """Refuses what no wait would make room for: whether there is room just now is seen when the job's turn has come.
+
+        Args:
+            wanted: what to make.
+            given: frames that it begins with.
+
+        Raises:
+            ApiError: it needs more memory than this server has.
+        """
+        there = max(self._memory, memory.available(self.pipe.device))
+        try:
+            memory.check(memory.needed(self.pipe, wanted, given), there)
+        except memory.TooMuchMemory as error:
+            raise refused("too_much_memory", str(error)) from None
 
     def close(self, seconds: float = 10.0) -> None:
         """Stops after the frames that are at work, at most so many seconds later, and removes all files."""

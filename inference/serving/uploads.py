@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from inference.serving.config import ServeConfig
 from inference.serving.errors import ApiError, refused
+from inference.serving.memory import available
 from inference.video_io import read_image, read_video
 from tokenizer.errors import UserError
 from tokenizer.frames import FrameClock, only_video_stream
@@ -79,6 +80,9 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 def _read_video(
     source: BinaryIO, file: Path, size: tuple[int, int], fps: float, last: int, config: ServeConfig
 ) -> np.ndarray:
+    # the frames that are kept are there twice when they are put together
+    if DECODERS * 2 * 3 * last * size[0] * size[1] > available():
+        raise MemoryError("too little memory for an uploaded video's frames")
     source.seek(0)
     try:
         with file.open("wb") as copy:

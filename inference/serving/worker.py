@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from inference.pipeline import VideoARPipeline
+from inference.serving import memory
 from inference.serving.errors import DISK_FULL, disk_is_full
 from inference.serving.jobs import CANCELLED, COMPLETED, FAILED, Job, JobStore
 from inference.serving.metrics import Metrics
@@ -72,9 +73,12 @@ class Worker(threading.Thread):
         wanted, shape = job.wanted, (job.wanted.num_frames, *job.wanted.size, 3)
         if shutil.disk_usage(job.folder).free < job.raw_bytes:  # better now than after an hour
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(job.raw_file))
+        given = np.load(job.given_file, mmap_mode="r", allow_pickle=False) if job.given else None
+        if self.pipe.device.type != "cuda":  # whose allocator says by itself that it has too little
+            memory.check(memory.needed(self.pipe, wanted, 0 if given is None else len(given)), memory.available())
         frames = self.pipe.stream(
             num_frames=wanted.num_frames, guidance=wanted.guidance, temperature=wanted.temperature, seed=wanted.seed,
-            size=wanted.size, **self._condition(wanted.prompt), **_given(job),
+            size=wanted.size, **self._condition(wanted.prompt), **_condition_frames(job, given),
         )  # fmt: skip
         # on disk: memory does not grow with the length. Written, not mapped: a full disk is an error then, no signal that ends the process
         with job.raw_file.open("wb") as raw:
@@ -97,11 +101,10 @@ class Worker(threading.Thread):
         return {"prompt": prompt}
 
 
-def _given(job: Job) -> dict[str, Any]:
-    if job.given is None:
+def _condition_frames(job: Job, given: np.ndarray | None) -> dict[str, Any]:
+    if given is None:
         return {}
-    frames = np.load(job.given_file, allow_pickle=False)
-    return {"image": frames[0]} if job.given == "image" else {"video": frames}
+    return {"image": given[0]} if job.given == "image" else {"video": given}
 
 
 def _write_frame(frame: np.ndarray, file: Path) -> None:
@@ -113,6 +116,8 @@ def _write_frame(frame: np.ndarray, file: Path) -> None:
 
 def _explained(problem: Exception, job: Job) -> tuple[str, str]:
     """Code and message for the job's client; the log gets all of it."""
+    if isinstance(problem, memory.TooMuchMemory):
+        return "out_of_memory", str(problem)
     if isinstance(problem, UserError):
         return "invalid_request", str(problem)
     log.error("%s failed", job.id, exc_info=problem)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
+import logging
+from pathlib import Path
 
-from tests.inference.serving_tools import Paced, fill, running, small_disk
-from tests.inference.test_pipeline import tiny_pipeline
+import pytest
+import torch
+
+from inference.decoder import CachedDecoder
+from inference.serving import memory, uploads
+from inference.serving.jobs import Wanted
+from tests.inference.serving_tools import Paced, fill, film, picture, running, small_disk
+from tests.inference.test_pipeline import pixels, tiny_pipeline
+
+
 @pytest.fixture(scope="module")
 def pipe():
     return tiny_pipeline()
@@ -32,3 +41,77 @@ def test_a_full_disk_costs_a_job_and_no_more(pipe, tmp_path, monkeypatch):
         assert (failed["error"]["code"], failed["frames_done"], paced.chunks) == ("disk_full", 0, chunks)
         assert server.wait(server.make()["id"])["status"] == "completed"
         assert server.http.get("/health").json()["status"] == "ok"
+
+
+def test_a_video_that_no_memory_holds_is_refused(tmp_path):
+    """A real one: its keys and values would take 17 TB. Smaller ones are promised by the system, which then ends the process."""
+    frames = 8 * 10**6 + 1
+    with running(tiny_pipeline(num_frames=1 + frames // 4), max_seconds=2e6) as server:
+        body = {"prompt": "a", "num_frames": frames, "size": "1024x1024"}
+        answer = server.http.post("/v1/videos", json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (422, "too_much_memory"), answer.text
+        assert "GB of memory, of which the server has" in answer.json()["error"]["message"]
+        image = {"input_reference": picture(pixels(1)[0])}
+        answer = server.http.post("/v1/videos", data={key: str(value) for key, value in body.items()}, files=image)
+        assert answer.json()["error"]["code"] == "too_much_memory"
+        assert server.wait(server.make()["id"])["status"] == "completed"
+
+
+def test_a_job_waits_for_no_memory_that_others_have(pipe, monkeypatch):
+    """What fits into the server but not beside what else runs there now is that job's error."""
+    paced = Paced(pipe)
+    with running(paced) as server:
+        server.make()
+        large = server.make(size="128x128")
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, "available", lambda device=None: 1_000_000)
+            paced.allow()
+            failed = server.wait(large["id"])
+        assert (failed["status"], failed["error"]["code"]) == ("failed", "out_of_memory")
+        assert "ask for a smaller or a shorter one" in failed["error"]["message"]
+        assert server.wait(server.make(size="128x128")["id"])["status"] == "completed"
+
+
+@pytest.mark.parametrize("changes", [{}, {"window": 1}, {"num_frames": 2}, {"num_classes": 3}, {"context_block": True}])
+@pytest.mark.parametrize("branches", [1, 2])
+def test_the_caches_bytes_are_known_before_it_is_made(changes, branches):
+    pipe = tiny_pipeline(**changes)
+    config = pipe.config
+    layout = config.layout(3, pipe.tokenizer.schedule_for(64, 48))
+    text = (
+        torch.zeros(branches, config.text_length, config.text_dim)
+        if not config.num_classes
+        else torch.zeros(branches).long()
+    )
+    cache = CachedDecoder(pipe.model, layout, text, torch.full((branches,), config.text_length)).cache
+    assert memory.cache_bytes(config, layout, branches, 4) == cache.keys.nbytes + cache.values.nbytes
+
+
+def test_what_a_video_takes_grows_with_what_is_asked(pipe):
+    def takes(num_frames=9, size=(64, 64), guidance=2.0, given=0) -> int:
+        return memory.needed(pipe, Wanted("a", num_frames, size, 0, guidance, 1.0), given)
+
+    decoding = memory._decoder_numbers(pipe.tokenizer.config, (64, 64))
+    assert 4 * 64 * 64 * 3 * 4 < 4 * decoding < takes()  # more than four frames of pixels
+    assert takes() > takes(guidance=1.0) and takes() > takes(num_frames=5)
+    assert 3.5 < takes(size=(256, 256)) / takes(size=(128, 128)) < 4.5
+    assert takes(num_frames=17) == takes(num_frames=401)  # beyond the trained length the window is full
+    assert takes(num_frames=401) < takes(num_frames=401, given=101) < takes(num_frames=401, given=201)
+
+
+def test_a_containers_limit_counts(tmp_path):
+    group = tmp_path / "group"
+    group.mkdir()
+    name = next(
+        (line[3:].strip("/") for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")),
+        "",
+    )
+    folder = group / name
+    folder.mkdir(parents=True, exist_ok=True)
+    assert memory._left_in_group(group) == float("inf")
+    (group / "memory.max").write_text("1000\n")
+    (group / "memory.current").write_text("700\n")
+    (group / "memory.stat").write_text("anon 1\ninactive_file 200\n")
+    assert memory._left_in_group(group) == 500
+    (group / "memory.max").write_text("max\n")
+    assert memory._left_in_group(group) == float("inf")
