@@ -103,6 +103,13 @@ def _prompt(prompt: str, pipe: VideoARPipeline, config: ServeConfig) -> str:
             "prompt_too_long",
             f"the prompt has {len(prompt)} characters: use at most {config.max_prompt_characters}.",
         )
+    if pipe.encoder is not None:
+        tokens, most = len(pipe.encoder.encode(prompt)), pipe.config.max_text_length
+        if not 1 <= tokens <= most:  # the pipeline would cut it
+            raise refused(
+                "prompt_too_long" if tokens else "empty_prompt",
+                f"the prompt has {tokens} text tokens, and this model takes 1 to {most}: write it otherwise.",
+            )
     classes, names = pipe.config.num_classes, pipe.class_names
     if names and prompt not in names:
         raise refused("unknown_class", f"the class '{prompt[:60]}' is unknown: take one of {', '.join(names[:5])}, ...")

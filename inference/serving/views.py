@@ -71,6 +71,7 @@ class Limits(BaseModel):
     max_pixels: int
     max_side: int
     max_prompt_characters: int
+    max_prompt_tokens: int | None
     max_upload_bytes: int
 
 
@@ -122,7 +123,8 @@ def model(name: str, pipe: VideoARPipeline, config: ServeConfig) -> Model:
     longest = pipe.frames_for(config.max_seconds)
     limits = Limits(
         max_num_frames=longest, max_pixels=config.max_pixels, max_side=MAX_SIDE,
-        max_prompt_characters=config.max_prompt_characters, max_upload_bytes=config.max_upload_bytes,
+        max_prompt_characters=config.max_prompt_characters,
+        max_prompt_tokens=pipe.config.max_text_length if pipe.encoder is not None else None, max_upload_bytes=config.max_upload_bytes,
     )  # fmt: skip
     return Model(
         id=name, fps=pipe.fps, num_frames=min(longest, trained_frames(pipe)), size=f"{width}x{height}",

@@ -115,3 +115,17 @@ def test_a_containers_limit_counts(tmp_path):
     assert memory._left_in_group(group) == 500
     (group / "memory.max").write_text("max\n")
     assert memory._left_in_group(group) == float("inf")
+
+
+def test_a_prompt_that_the_model_would_cut_is_refused(pipe, recwarn):
+    """As the command line does. It was cut, and its text was kept for ever by Python's register of warnings."""
+    with running(pipe) as server:
+        for prompt, tokens in (("word " * 300, 300), ("1 2 3 4 5 6 7 8 9", 9)):
+            answer = server.http.post("/v1/videos", json={"prompt": prompt})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (422, "prompt_too_long")
+            assert (
+                f"the prompt has {tokens} text tokens, and this model takes 1 to 8" in answer.json()["error"]["message"]
+            )
+        assert server.wait(server.make(prompt="1 2 3 4 5 6 7 8")["id"])["status"] == "completed"
+        assert server.http.get("/v1/models").json()["data"][0]["limits"]["max_prompt_tokens"] == 8
+    assert not [warning for warning in recwarn if "cut to" in str(warning.message)]

@@ -111,7 +111,7 @@ def test_errors_uploads_and_cancelling(page, tmp_path):
     (tmp_path / "start.png").write_bytes(picture(pixels(1)[0]))
     (tmp_path / "broken.png").write_bytes(b"no picture")
     (tmp_path / "large.png").write_bytes(bytes(100_001))
-    paced = Paced(tiny_pipeline())
+    paced = Paced(tiny_pipeline(max_text_length=16))
     with running(paced, max_upload_bytes=100_000) as server:
         page.goto(server.url)
         make, alert = page.get_by_role("button", name="Make the video"), page.get_by_role("alert")
