@@ -215,6 +215,8 @@ def _videos(service: VideoService) -> APIRouter:
         file = job.variant_file(query.variant)
         if not file.is_file():
             await to_thread.run_sync(make_variant, job, query.variant, service.pipe.fps, limiter=writers)
+            store.grown(job)
+            known(video_id)  # it may have been deleted meanwhile
         return FileResponse(file, media_type=MEDIA_TYPES[query.variant], filename=f"{job.id}.{query.variant}")
 
     @router.get(

@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,7 +131,8 @@ class JobStore:
     Args:
         folder: where the jobs' folders are made.
         max_queue: jobs that may wait.
-        keep_videos, keep_bytes: what is kept of the finished ones, the newest.
+        keep_videos: finished jobs that are kept, the newest.
+        keep_bytes: of all jobs' files together: the oldest finished ones go to make room, also for those that wait and the one that runs.
     """
 
     def __init__(self, folder: Path, max_queue: int, keep_videos: int, keep_bytes: int):
@@ -171,11 +172,14 @@ class JobStore:
 
     def add(self, job: Job) -> None:
         """Puts a job at the queue's end; inside `place`."""
+        job.bytes = _size(job.folder)
         with self._change:
             self._reserved.discard(job.folder)
             self._jobs[job.id] = job
             self._waiting.append(job)
+            gone = self._evicted()
             self._change.notify_all()
+        _delete(gone)
 
     def take(self) -> Job | None:
         """The next job, as soon as there is one; None: the server ends."""
@@ -186,32 +190,70 @@ class JobStore:
                 return None
             job = self._waiting.popleft()
             job.status, job.started_at = RUNNING, int(time.time())
+            job.bytes += job.raw_bytes
+            gone = self._evicted()
+        _delete(gone)
         job.changed()
         return job
 
-    def finish(self, job: Job, status: str, seconds: float, error: tuple[str, str] | None = None) -> None:
-        """Records how a job ended, and drops the oldest finished ones if there are too many."""
+    def finish(
+        self,
+        job: Job,
+        status: str,
+        seconds: float,
+        error: tuple[str, str] | None = None,
+        count: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Records how a job ended, and drops the oldest finished ones if there are too many.
+
+        Args:
+            job: the one that ran.
+            status: how it ended.
+            seconds: that it ran.
+            error: code and message.
+            count: called with the status that is recorded; before clients see it, as are all other effects.
+        """
+        for file in (job.raw_file, job.given_file):  # nobody reads them again
+            file.unlink(missing_ok=True)
         size = _size(job.folder)
         with self._change:
-            job.bytes, job.error, job.completed_at = size, error, int(time.time())
-            job.status = CANCELLED if job.cancelled else status
-            if job.status == COMPLETED:
+            job.bytes = size
+            gone = self._evicted(ending=job)
+        _delete(gone)
+        with self._change:
+            status = CANCELLED if job.cancelled else status
+            if status == COMPLETED:
                 self._durations.append(seconds)
-            gone = [job] if job.cancelled else self._too_many()
-            for old in gone:
-                self._jobs.pop(old.id, None)
-        for old in gone:
-            shutil.rmtree(old.folder, ignore_errors=True)
+            count(status)
+            job.error, job.completed_at, job.status = error, int(time.time()), status
+        if job.cancelled:
+            _delete([job])
         job.changed()
 
-    def _too_many(self) -> list[Job]:
-        ended = [job for job in self._jobs.values() if job.ended]
-        ended.sort(key=lambda job: job.completed_at or 0)
-        gone, total = [], sum(job.bytes for job in ended)
+    def grown(self, job: Job) -> None:
+        """A finished job has one more file.
+
+        Args:
+            job: which stays; older ones may have to go.
+        """
+        size = _size(job.folder)
+        with self._change:
+            job.bytes = size
+            gone = self._evicted(spared=job) if job.id in self._jobs else [job]  # deleted while the file was made
+        _delete(gone)
+
+    def _evicted(self, ending: Job | None = None, spared: Job | None = None) -> list[Job]:
+        """Takes the oldest finished jobs from the list, as many as have to go; their files are still there."""
+        ended = sorted((job for job in self._jobs.values() if job.ended), key=lambda job: job.completed_at or 0)
+        count, total = len(ended) + (ending is not None), sum(job.bytes for job in self._jobs.values())
+        gone = []
         # the newest stays in any case: its client has not had it yet
-        while len(ended) > 1 and (len(ended) > self.keep_videos or total > self.keep_bytes):
-            gone.append(ended.pop(0))
-            total -= gone[-1].bytes
+        for job in ended if ending is not None else ended[:-1]:
+            if count <= self.keep_videos and total <= self.keep_bytes:
+                break
+            if job is not spared:
+                gone.append(self._jobs.pop(job.id))
+                count, total = count - 1, total - job.bytes
         return gone
 
     def get(self, name: str) -> Job | None:
@@ -262,6 +304,12 @@ class JobStore:
             jobs = list(self._jobs.values())
         for job in jobs:
             job.changed()
+
+
+def _delete(jobs: list[Job]) -> None:
+    """Their files."""
+    for job in jobs:
+        shutil.rmtree(job.folder, ignore_errors=True)
 
 
 def _size(folder: Path) -> int:

@@ -35,6 +35,5 @@ def make_variant(job: Job, variant: str, fps: float) -> None:
     try:
         frames: np.ndarray = read_video(job.video_file, job.wanted.size, fps)
         write_video(frames, file, fps)
-        job.bytes += file.stat().st_size
     except (OSError, UserError):
         raise ApiError(404, "unknown_video", "this video was deleted meanwhile: make it again.") from None

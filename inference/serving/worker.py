@@ -63,10 +63,12 @@ class Worker(threading.Thread):
                     torch.cuda.empty_cache()
             job.raw_file.unlink(missing_ok=True)
             seconds = time.monotonic() - start
-            self.store.finish(job, status, seconds, error)
-            self.metrics.jobs.labels(job.status).inc()
-            if job.status == COMPLETED:
-                self.metrics.seconds.observe(seconds)
+            self.store.finish(job, status, seconds, error, lambda status, seconds=seconds: self._count(status, seconds))
+
+    def _count(self, status: str, seconds: float) -> None:
+        self.metrics.jobs.labels(status).inc()
+        if status == COMPLETED:
+            self.metrics.seconds.observe(seconds)
 
     def _generate(self, job: Job, start: float) -> None:
         """Frames as they come: a JPEG each for those who watch, and pixels on disk for the video."""

@@ -129,3 +129,39 @@ def test_a_prompt_that_the_model_would_cut_is_refused(pipe, recwarn):
         assert server.wait(server.make(prompt="1 2 3 4 5 6 7 8")["id"])["status"] == "completed"
         assert server.http.get("/v1/models").json()["data"][0]["limits"]["max_prompt_tokens"] == 8
     assert not [warning for warning in recwarn if "cut to" in str(warning.message)]
+
+
+def test_all_files_count_as_kept(pipe):
+    """Those of jobs that wait or run, and the kinds that are made later; given frames go with the end of their job."""
+    paced = Paced(pipe)
+    with running(paced) as server:
+
+        def there() -> list[bool]:
+            return [server.http.get(f"/v1/videos/{name}").status_code == 200 for name in ids]
+
+        store = server.service.store
+        paced.allow(4 * 3)
+        ids = [server.wait(server.make()["id"])["id"] for _ in range(4)]
+        size = store.get(ids[0]).bytes
+        assert [store.get(name).bytes for name in ids] == [size] * 4
+        # the oldest goes for the pixels of the one that runs, and the next one for what an upload brings
+        store.keep_bytes = 4 * size + 9 * 32 * 32 * 3 - 1
+        server.wait(server.make()["id"], "in_progress")
+        waiting = server.make()["id"]
+        assert there() == [False, True, True, True]
+        store.keep_bytes = 3 * size + 9 * 32 * 32 * 3
+        uploaded = server.upload(picture(pixels(1)[0])).json()["id"]
+        assert there() == [False, False, True, True]
+        store.keep_bytes = 10**9
+        paced.allow()
+        assert server.wait(uploaded)["status"] == server.wait(waiting)["status"] == "completed"
+        assert not (store.get(uploaded).folder / "given.npy").exists()
+        # another kind of file makes the oldest go, but never the one that it is made of, nor the newest
+        assert there() == [False, False, True, True]
+        store.keep_bytes = sum(job.bytes for job in store.listed())
+        assert server.http.get(f"/v1/videos/{ids[2]}/content", params={"variant": "png"}).status_code == 200
+        assert there() == [False, False, True, False]
+        assert store.get(ids[2]).bytes > size
+        assert {folder.name for folder in server.service.folder.iterdir()} == {
+            job.folder.name for job in store.listed()
+        }
