@@ -82,6 +82,8 @@ def create_app(service: VideoService) -> FastAPI:
     app.add_exception_handler(HTTPException, errors.on_http_error)
     app.add_exception_handler(RequestValidationError, errors.on_invalid)
     app.add_exception_handler(ClientDisconnect, errors.on_vanished)
+    app.add_exception_handler(OSError, errors.on_os_error)
+    app.add_exception_handler(MemoryError, errors.on_no_memory)
     app.add_exception_handler(Exception, errors.on_crash)
     app.include_router(_videos(service))
     app.include_router(_about(service))
@@ -135,7 +137,7 @@ def _videos(service: VideoService) -> APIRouter:
     @router.post(
         "/videos",
         summary="Make a video",
-        responses=_error_answers(415, 422, 429, 503),
+        responses=_error_answers(415, 422, 429, 503, 507),
         openapi_extra={"requestBody": {"required": True, "content": request_schemas()}},
     )
     async def create(request: Request) -> views.Video:
@@ -204,7 +206,7 @@ def _videos(service: VideoService) -> APIRouter:
         response_class=Response,
         responses={
             200: {"content": {kind: {} for kind in MEDIA_TYPES.values()}},
-            **_error_answers(404, 409, 422),
+            **_error_answers(404, 409, 422, 503, 507),
             206: {"description": "a part", "content": {kind: {} for kind in MEDIA_TYPES.values()}},
         },
     )
@@ -303,7 +305,7 @@ def _about(service: VideoService) -> APIRouter:
 
     @router.get("/health", summary="Whether videos are being made", responses={503: {"model": views.Health}})
     async def health() -> Response:
-        alive = service.worker.is_alive() and not service.store.stopped
+        alive = service.worker.well and not service.store.stopped
         body = views.Health(
             status="ok" if alive else "failing", model=service.name, queue_length=service.store.waiting()
         )

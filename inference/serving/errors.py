@@ -113,6 +113,21 @@ async def on_vanished(_: Request, error: Exception) -> Response:
     return Response(status_code=400)
 
 
+async def on_os_error(request: Request, error: Exception) -> Response:
+    """A full disk, which is neither the client's fault nor a defect; other errors of the system are `on_crash`'s."""
+    if not disk_is_full(error):
+        raise error
+    log.error("%s %s: the disk is full", request.method, request.url.path, exc_info=error)
+    return ApiError(507, *DISK_FULL).response()
+
+
+async def on_no_memory(request: Request, error: Exception) -> Response:
+    """Too little memory for what was asked just now."""
+    log.error("%s %s: too little memory", request.method, request.url.path, exc_info=error)
+    message = "the server has too little memory for this now: try again later, or send something smaller."
+    return ApiError(503, "out_of_memory", message, {"Retry-After": "60"}).response()
+
+
 async def on_crash(_: Request, error: Exception) -> Response:
     """Anything else; the server logs it and lives on."""
     return ApiError(

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from inference.serving.config import ServeConfig
-from inference.serving.errors import ApiError, refused
+from inference.serving.errors import ApiError, is_the_servers, refused
 from inference.serving.memory import available
 from inference.video_io import read_image, read_video
 from tokenizer.errors import UserError
@@ -44,6 +44,7 @@ def read_reference(
 
     Raises:
         ApiError: the file is neither, is damaged, or is over a limit.
+        MemoryError, OSError: the server has too little memory, or its disk is full.
     """
     try:
         with warnings.catch_warnings():
@@ -54,14 +55,16 @@ def read_reference(
     except Image.DecompressionBombError:
         raise _too_large("image", config) from None
     except Exception as error:  # decoders raise what they please on damaged files
+        if is_the_servers(error):
+            raise
         raise _damaged("image") from error
     with image:
         _check_pixels("image", image.width, image.height, config)
         try:
             return "image", read_image(_upright_rgb(image), size)
-        except ApiError:
-            raise
         except Exception as error:
+            if is_the_servers(error) or isinstance(error, ApiError):
+                raise
             raise _damaged("image") from error
 
 
@@ -93,6 +96,8 @@ def _read_video(
     except ApiError:
         raise
     except (av.FFmpegError, UserError, ValueError, OSError, IndexError) as error:
+        if is_the_servers(error):
+            raise
         raise _damaged("file") from error
     finally:
         file.unlink(missing_ok=True)

@@ -36,4 +36,6 @@ def make_variant(job: Job, variant: str, fps: float) -> None:
         frames: np.ndarray = read_video(job.video_file, job.wanted.size, fps)
         write_video(frames, file, fps)
     except (OSError, UserError):
+        if job.video_file.is_file():
+            raise  # a full disk, say
         raise ApiError(404, "unknown_video", "this video was deleted meanwhile: make it again.") from None

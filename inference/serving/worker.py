@@ -25,6 +25,10 @@ from inference.serving.metrics import Metrics
 from tokenizer.errors import UserError
 from tokenizer.video_file import write_video
 
+SERVERS_FAULT = ("server_error", "disk_full")
+"""Codes of jobs' errors that will not end by other requests."""
+MOST_FAILURES = 3
+"""After so many in a row no videos are being made: a GPU that is lost fails every job."""
 log = logging.getLogger("videoar.serve")
 
 
@@ -45,6 +49,12 @@ class Worker(threading.Thread):
         # a frame may take long: the end of the process does not wait for it
         super().__init__(name="videoar-worker", daemon=True)
         self.pipe, self.store, self.metrics = pipe, store, metrics
+        self.failures = 0  # one after the other, by the server's own fault
+
+    @property
+    def well(self) -> bool:
+        """Whether videos are being made."""
+        return self.is_alive() and self.failures < MOST_FAILURES
 
     def run(self) -> None:
         """Until the store is stopped."""
@@ -61,7 +71,10 @@ class Worker(threading.Thread):
                 gc.collect()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
-            job.raw_file.unlink(missing_ok=True)
+            if status == COMPLETED:
+                self.failures = 0
+            elif error is not None and error[0] in SERVERS_FAULT:
+                self.failures += 1
             seconds = time.monotonic() - start
             self.store.finish(job, status, seconds, error, lambda status, seconds=seconds: self._count(status, seconds))
 

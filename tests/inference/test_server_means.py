@@ -43,6 +43,59 @@ def test_a_full_disk_costs_a_job_and_no_more(pipe, tmp_path, monkeypatch):
         assert server.http.get("/health").json()["status"] == "ok"
 
 
+def test_a_full_disk_is_named_as_the_cause(pipe, tmp_path, monkeypatch, caplog):
+    """It was told as a video that somebody had deleted, and as an upload that was damaged; the log said nothing."""
+    with small_disk(tmp_path, "2m", monkeypatch) as disk, running(pipe) as server:
+        done = server.wait(server.make()["id"])
+        content = f"/v1/videos/{done['id']}/content"
+        image, video = picture(pixels(1, size=(64, 64))[0]), film(tmp_path, frames=20)
+        asked = {
+            "variant": lambda: server.http.get(content, params={"variant": "gif"}),
+            "image": lambda: server.upload(image),
+            "video": lambda: server.upload(video),
+            "text": lambda: server.http.post("/v1/videos", json={"prompt": "a"}),
+        }
+        filler = fill(disk)
+        for name in ("variant", "image", "video"):
+            caplog.clear()
+            answer = asked[name]()
+            assert (answer.status_code, answer.json()["error"]["code"]) == (507, "disk_full"), name
+            assert (
+                answer.json()["error"]["type"] == "server_error" and "disk is full" in answer.json()["error"]["message"]
+            )
+            logged = [
+                record
+                for record in caplog.records
+                if record.name == "videoar.serve" and record.levelno == logging.ERROR
+            ]
+            assert len(logged) == 1 and logged[0].exc_info, name
+        assert server.http.get(content).status_code == 200
+        filler.unlink()
+        for name, ask in asked.items():
+            assert ask().status_code == 200, name
+        assert not server.service.store._reserved
+
+
+def test_too_little_memory_for_an_upload_is_not_its_fault(pipe, monkeypatch, tmp_path, caplog):
+    def failing(*_):
+        raise MemoryError
+
+    with running(pipe) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(uploads, "read_image", failing)
+            answer = server.upload(picture(pixels(1)[0]))
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "out_of_memory")
+            patch.setattr(
+                uploads, "available", lambda: 2 * 2 * 3 * 5 * 32 * 32 - 1
+            )  # two files at once, of 5 frames twice
+            answer = server.upload(film(tmp_path, frames=20))
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "out_of_memory")
+            assert "too little memory" in caplog.text and int(answer.headers["retry-after"]) >= 1
+            patch.setattr(uploads, "available", lambda: 2 * 2 * 3 * 5 * 32 * 32)
+            assert server.upload(film(tmp_path, frames=20)).status_code == 200
+        assert server.wait(server.upload(picture(pixels(1)[0])).json()["id"])["status"] == "completed"
+
+
 def test_a_video_that_no_memory_holds_is_refused(tmp_path):
     """A real one: its keys and values would take 17 TB. Smaller ones are promised by the system, which then ends the process."""
     frames = 8 * 10**6 + 1
@@ -129,6 +182,33 @@ def test_a_prompt_that_the_model_would_cut_is_refused(pipe, recwarn):
         assert server.wait(server.make(prompt="1 2 3 4 5 6 7 8")["id"])["status"] == "completed"
         assert server.http.get("/v1/models").json()["data"][0]["limits"]["max_prompt_tokens"] == 8
     assert not [warning for warning in recwarn if "cut to" in str(warning.message)]
+
+
+class Broken:
+    """A real pipeline that makes nothing while it is broken, as with a GPU that is lost."""
+
+    def __init__(self, pipe):
+        self._pipe, self.broken = pipe, True
+
+    def __getattr__(self, name: str):
+        return getattr(self._pipe, name)
+
+    def stream(self, **options):
+        if self.broken:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        return self._pipe.stream(**options)
+
+
+def test_health_fails_when_every_job_fails(pipe):
+    broken = Broken(pipe)
+    with running(broken) as server:
+        for expected in (200, 200, 503, 503):
+            assert server.wait(server.make()["id"])["error"]["code"] == "server_error"
+            assert server.http.get("/health").status_code == expected
+        assert server.http.get("/health").json()["status"] == "failing"
+        broken.broken = False
+        server.wait(server.make()["id"])
+        assert server.http.get("/health").json()["status"] == "ok"
 
 
 def test_all_files_count_as_kept(pipe):
