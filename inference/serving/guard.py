@@ -45,11 +45,15 @@ class Guard:
             else:
                 await self.app(scope, exchange.receive, exchange.send)
         finally:
-            path = getattr(
-                scope.get("route"), "path", "other"
-            )  # never the client's own words: labels are kept for ever
-            method = scope["method"] if scope["method"] in ("GET", "POST", "DELETE", "HEAD", "OPTIONS") else "other"
-            self.metrics.requests.labels(method, path, str(exchange.status or 500)).inc()
+            if not exchange.status:  # it crashed, which is answered further out
+                self.count(scope, 500)
+
+    def count(self, scope: Scope, status: int) -> None:
+        """Counts a request; before its client can see the answer."""
+        # never the client's own words: labels are kept for ever
+        path = getattr(scope.get("route"), "path", "other")
+        method = scope["method"] if scope["method"] in ("GET", "POST", "DELETE", "HEAD", "OPTIONS") else "other"
+        self.metrics.requests.labels(method, path, str(status)).inc()
 
 
 class _Exchange:
@@ -104,6 +108,7 @@ class _Exchange:
         that still sends loses the answer."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            self.guard.count(self.scope, self.status)
             # without this word uvicorn reads on for as long as the client sends
             close = [(b"connection", b"close")] if not self.whole and self._sends() else []
             message = {**message, "headers": [*message["headers"], *_HEADERS, *close]}

@@ -36,11 +36,13 @@ class Running:
         url: its address.
         service: what is behind it.
         http: a client of it.
+        connections: uvicorn's, which are open.
     """
 
     url: str
     service: VideoService
     http: httpx.Client
+    connections: set[Any]
 
     def make(self, **fields: Any) -> dict[str, Any]:
         """Asks for a video; its job."""
@@ -107,7 +109,7 @@ def running(pipe: Any, api_key: str | None = None, **settings: Any) -> Iterator[
         while not server.started:
             time.sleep(0.005)
         with httpx.Client(base_url=url, headers=headers, timeout=30) as http:
-            yield Running(url, service, http)
+            yield Running(url, service, http, server.server_state.connections)
     finally:
         service.store.stop()
         if isinstance(pipe, Paced):
@@ -155,7 +157,7 @@ class Paced:
 
     def __init__(self, pipe: VideoARPipeline):
         self._pipe, self._allowed = pipe, threading.Semaphore(0)
-        self.chunks = 0
+        self.asked = self.chunks = 0  # chunks that were to come, and that came
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pipe, name)
@@ -170,6 +172,7 @@ class Paced:
 
         def paced() -> Iterator[np.ndarray]:
             for part in parts:
+                self.asked += 1
                 self._allowed.acquire()
                 self.chunks += 1
                 yield part

@@ -378,8 +378,8 @@ def test_pages_of_other_sites_may_not_use_it(server):
 
 def test_two_hundred_at_once():
     """Each is accepted or told to come again; all accepted ones are made, also those that bring an image."""
-    image = picture(pixels(1)[0])
-    with running(tiny_pipeline(num_frames=1), max_queue=20) as server:
+    image, paced = picture(pixels(1)[0]), Paced(tiny_pipeline(num_frames=1))
+    with running(paced, max_queue=20) as server:
         limits = httpx.Limits(max_connections=200)
         with httpx.Client(base_url=server.url, limits=limits, timeout=60) as http:
 
@@ -393,8 +393,10 @@ def test_two_hundred_at_once():
             with ThreadPoolExecutor(200) as crowd:
                 answers = list(crowd.map(ask, range(200)))
         counts = {status: sum(answer.status_code == status for answer in answers) for status in (200, 429)}
-        assert counts[200] + counts[429] == 200 and counts[200] >= 20 and counts[429] > 0, counts
+        # one runs, which has left its place to another one if it was taken before all were answered
+        assert counts[200] + counts[429] == 200 and counts[200] in (20, 21), counts
         assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers if answer.status_code == 429)
+        paced.allow()
         made = [server.wait(answer.json()["id"]) for answer in answers if answer.status_code == 200]
         assert {job["status"] for job in made} == {"completed"}
         assert server.service.store.waiting() == 0 and server.wait(server.make(num_frames=1)["id"])
@@ -429,11 +431,9 @@ def test_clients_that_vanish():
         for _ in range(5):
             vanish(f"GET /v1/videos/{large['id']}/content HTTP/1.1\r\nHost: x\r\n\r\n".encode(), 100)
         assert server.http.get("/health").json()["status"] == "ok"
-        deadline = time.monotonic() + 10
-        while any(job._watchers for job in server.service.store.listed()) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert not any(job._watchers for job in server.service.store.listed())
-        assert not server.service.store._reserved  # no place in the queue is lost
+        store = server.service.store
+        server.wait_for(lambda: not any(job._watchers for job in store.listed()))
+        server.wait_for(lambda: not store._reserved)  # no place in the queue is lost
         assert server.wait(server.make()["id"])["status"] == "completed"
 
 

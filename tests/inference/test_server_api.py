@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import socket
 import threading
 import time
 from pathlib import Path
@@ -57,7 +58,7 @@ def events(text: str) -> list[tuple[str, dict]]:
 
 def test_a_video_from_request_to_file(server: Running, pipe, tmp_path):
     made = server.make(seconds=1.0, num_frames=None, guidance=2.5, temperature=0.5, seed=7, size="48x32")
-    assert made["status"] == "queued" and made["object"] == "video" and made["id"].startswith("video_")
+    assert made["status"] in ("queued", "in_progress") and made["object"] == "video" and made["id"].startswith("video_")
     assert (made["seconds"], made["num_frames"], made["size"], made["seed"]) == ("1.125", 9, "48x32", 7)
     job = server.wait(made["id"])
     assert (job["status"], job["progress"], job["error"], job["model"]) == ("completed", 100, None, "tiny")
@@ -189,8 +190,7 @@ def test_queue_positions_cancelling_and_deleting(pipe):
         watcher = threading.Thread(target=lambda: heard.append(server.http.get(url).text))
         watcher.start()
         paced.allow(1)
-        while server.job(started["id"])["frames_done"] < 1:
-            time.sleep(0.01)
+        server.wait_for(lambda: paced.asked == 2)  # it stands before its second chunk
         assert server.http.get(f"/v1/videos/{started['id']}/content").json()["error"]["code"] == "not_ready"
         assert server.http.delete(f"/v1/videos/{started['id']}").status_code == 200
         paced.allow(1)
@@ -285,12 +285,9 @@ def test_health_models_and_metrics(pipe):
 
 def test_answers_do_not_wait_for_acknowledgements(server: Running):
     """Headers and body are written apart: with Nagle's algorithm the body would come 40 ms later on a connection that is kept."""
-    seconds = []
-    for _ in range(20):
-        start = time.monotonic()
-        server.http.get("/health").raise_for_status()
-        seconds.append(time.monotonic() - start)
-    assert sorted(seconds)[10] < 0.03
+    server.http.get("/health").raise_for_status()
+    sockets = [connection.transport.get_extra_info("socket") for connection in server.connections]
+    assert sockets and all(one.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for one in sockets)
 
 
 def test_the_api_key(pipe):

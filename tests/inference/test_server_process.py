@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,12 +72,11 @@ def test_it_ends_cleanly_in_the_middle_of_a_job(model, tmp_path, number, words):
                 text += next(pieces)
             folders = list(tmp_path.glob("videoar-serve-*"))
             assert len(folders) == 1 and len(list(folders[0].iterdir())) == 3
-            start = time.monotonic()
             process.send_signal(number)
-            assert "event: end" in "".join(pieces)  # it is told, not cut off
-        out, errors = process.communicate(timeout=30)
+            end = json.loads("".join(pieces).rsplit("event: end\ndata: ", 1)[1])  # it is told, not cut off
+        assert end["status"] in ("in_progress", "cancelled") and end["frames_done"] < 4001  # nobody waits for the rest
+        out, errors = process.communicate(timeout=60)
         assert (process.returncode, out, errors) == (0, "videoar serve: ended\n", "")
-        assert time.monotonic() - start < 10
         assert list(tmp_path.glob("videoar-serve-*")) == []
 
 
