@@ -37,7 +37,7 @@ class ServeConfig:
     max_upload_bytes: int = 64 * 1024 * 1024
     max_upload_pixels: int = 50_000_000
     max_upload_frames: int = 3000
-    max_upload_video_pixels: int = 1_000_000_000
+    max_upload_video_pixels: int = 2_000_000_000
     upload_seconds: float = 120.0
     keep_videos: int = 100
     keep_bytes: int = 2 * 1024**3
