@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -17,9 +18,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from starlette.responses import PlainTextResponse
+from starlette.types import Message
 
 from inference.serving import ServeConfig, variants
 from inference.serving.app import create_app
+from inference.serving.guard import Guard
+from inference.serving.jobs import COMPLETED, RUNNING, Job, JobStore, Wanted
+from inference.serving.metrics import Metrics
 from inference.serving.service import VideoService
 from tests.inference.serving_tools import Paced, Running, film, picture, running
 from tests.inference.test_pipeline import pixels, tiny_pipeline
@@ -219,6 +225,40 @@ def test_only_the_newest_are_kept(pipe):
     with running(pipe, keep_bytes=1) as server:
         ids = [server.wait(server.make(seed=seed)["id"])["id"] for seed in range(3)]
         assert [server.http.get(f"/v1/videos/{name}/content").status_code for name in ids] == [404, 404, 200]
+
+
+def test_what_an_end_changes_is_changed_before_it_shows(tmp_path):
+    """Who sees a job's end finds the counters and the folders as they are to be."""
+    store, seen = JobStore(tmp_path, max_queue=1, keep_videos=1, keep_bytes=10**9), []
+
+    def taken() -> Job:
+        with store.place() as folder:
+            store.add(Job(folder, Wanted("a", 1, (16, 16), 0, 1.0, 1.0)))
+        job = store.take()
+        assert job is not None and job.folder.exists()
+        return job
+
+    first = taken()
+    store.finish(first, COMPLETED, 1.0)
+    second = taken()
+    store.finish(
+        second, COMPLETED, 1.0, count=lambda status: seen.append((status, second.status, first.folder.exists()))
+    )
+    assert seen == [(COMPLETED, RUNNING, False)] and second.status == COMPLETED
+
+
+def test_a_request_is_counted_before_its_answer_is_sent(tmp_path):
+    metrics, counted = Metrics(JobStore(tmp_path, 1, 1, 1)), []
+    guard = Guard(PlainTextResponse("hello"), metrics, max_bytes=1, max_plain_bytes=1, seconds=1)
+
+    async def receive() -> Message:
+        return {"type": "http.request"}
+
+    async def send(message: Message) -> None:
+        counted.append(b'videoar_requests_total{method="GET",path="other",status="200"} 1.0' in metrics.text())
+
+    asyncio.run(guard({"type": "http", "method": "GET", "path": "/", "headers": []}, receive, send))
+    assert counted == [True, True]
 
 
 class Failing:
