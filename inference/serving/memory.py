@@ -25,8 +25,9 @@ from tokenizer.errors import UserError
 from tokenizer.sequence import SequenceLayout
 from tokenizer.tokenizer import TokenizerConfig, VideoTokenizer
 
-WORKSPACE = 1.4
-"""What convolutions take beside their tensors, at most: measured 1.0 to 1.37 with the paper's tokenizer on a CPU."""
+WORKSPACE = 1.6
+"""What convolutions take with all that they need beside their tensors, as a multiple of these. With the paper's tokenizer on a CPU, whole
+videos then take 0.85 to 1.05 of what is worked out."""
 GROUPS = Path("/sys/fs/cgroup")
 
 
