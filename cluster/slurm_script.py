@@ -61,9 +61,9 @@ def script(job: SlurmConfig, work: Work, working_folder: Path) -> str:
     project = job.project or str(PROJECT)
     python = job.python or ("python" if job.container else sys.executable)
     steps = _Steps(job, work, working_folder, project, python)
-    order = ["inspect health ok"] if job.preflight != "off" else []
+    order = ["inspect health"] if job.preflight != "off" else []
     if job.preflight == "ranks" and work.ranks:
-        order += ["port=$(free_port); inspect ranks local"]
+        order += ["port=$(free_port); inspect ranks"]
     order += ["port=$(free_port)", "follow launch; status=$?", '[ "$status" = 0 ] || judge "$status"', 'say "done"']
     settings = {
         "run": work.run,

@@ -14,16 +14,19 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import psutil
 
 DONE, FAILED, USER_ERROR, STOPPED = 0, 1, 2, 3
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+CRASHES = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
+"""Exit codes of a rank that did not end by itself, nor by another one's fault, as NCCL's SIGABRT would be."""
 
 
 class _Stop(threading.Thread):
@@ -95,10 +98,20 @@ def main(words: list[str]) -> int:
         status = exit_status((failure.exitcode for failure in error.failures.values()), stop.asked)
         if status != STOPPED:
             print(error, file=sys.stderr)
+        if "parallel.preflight" in words:
+            _blame({rank: failure.exitcode for rank, failure in error.failures.items()})
     finally:
         if status == FAILED:
             _tell_script()
     return status
+
+
+def _blame(codes: Mapping[int, int]) -> None:
+    """Says "bad NODE: reason" for ranks of the pre-flight check that could not say so themselves."""
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    for rank, code in codes.items():
+        if code in CRASHES:
+            print(f"bad {node}: rank {rank} died of {signal.Signals(-code).name}", flush=True)
 
 
 def _tell_script() -> None:

@@ -20,12 +20,12 @@ export VIDEOAR_FAILED=$notes/failed-$SLURM_JOB_ID
 follow() {
   [ -z "$asked" ] || return 3
   local status left=10
-  rm -f "$VIDEOAR_FAILED"
+  [ -z "$VIDEOAR_FAILED" ] || rm -f "$VIDEOAR_FAILED"
   "$@" & step=$!
   [ "$asked" != limit ] || tell
   while kill -0 "$step" 2>/dev/null; do
     sleep 0.5
-    if [ -e "$VIDEOAR_FAILED" ] && [ "$((left--))" -le 0 ]; then kill -KILL "$step"; break; fi
+    if [ -n "$VIDEOAR_FAILED" ] && [ -e "$VIDEOAR_FAILED" ] && [ "$((left--))" -le 0 ]; then kill -KILL "$step"; break; fi
   done
   wait "$step" 2>/dev/null; status=$?
   [ "$left" -gt 0 ] || status=1
@@ -87,24 +87,30 @@ judge() {
   try_again "$status"
 }
 
-# Which nodes have no line "$1 NODE" in the file $2, with commas.
-without() {
+# Which nodes the check $1 finds sick by its output in the file $2, with commas. Each node's health is its own: one without an "ok" is
+# sick. Ranks wait for each other, and importing torch takes one node much longer than another: only a "bad" line blames a node.
+sick() {
   local node found=""
   for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
-    grep -qE "^$1 $node(\$| )" "$2" || found+="${found:+,}$node"
+    if [ "$1" = health ]; then
+      grep -qE "^ok $node(\$| )" "$2" && continue
+    else
+      grep -q "^bad $node: " "$2" || continue
+    fi
+    found+="${found:+,}$node"
   done
   echo "$found"
 }
 
-# Before each start: finds sick nodes and starts again without them.
+# Before each start: finds sick nodes and starts again without them. No file to say by that one has failed: the others are waited for.
 inspect() {
-  local kind=$1 word=$2 file="$notes/$1-$SLURM_JOB_ID.txt" status bad
-  follow "$kind" >"$file" 2>&1; status=$?
+  local kind=$1 file="$notes/$1-$SLURM_JOB_ID.txt" status bad
+  VIDEOAR_FAILED="" follow "$kind" >"$file" 2>&1; status=$?
   cat "$file"
   [ "$status" != 0 ] || return 0
   case $status in 3 | 138 | 143) judge "$status" ;; esac
   [ "$asked" != taken ] || judge "$status"
-  bad=$(without "$word" "$file")
+  bad=$(sick "$kind" "$file")
   if [ -z "$bad" ]; then say "the pre-flight check '$kind' failed and no node alone is to blame"; try_again "$status"; fi
   if [ "$bad" = "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)" ] && [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
     say "the pre-flight check '$kind' failed on all nodes: see above and mend it"; exit 1

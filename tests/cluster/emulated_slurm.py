@@ -166,7 +166,7 @@ class EmulatedSlurm:
 
     def _configuration(self) -> str:
         host, folder, user = socket.gethostname().split(".")[0], self.folder, "root"
-        controller, *ports = _free_ports(1 + len(self.names))
+        controller, *ports = free_ports(1 + len(self.names))
         nodes = "".join(
             f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={CPUS} RealMemory=8000 State=UNKNOWN\n"
             for node, port in zip(self.names, ports)
@@ -218,7 +218,7 @@ def _find(program: str) -> str | None:
     return shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on, held all at once so that they differ."""
     sockets = [socket.socket() for _ in range(count)]
     try:

@@ -23,7 +23,7 @@ from data_pipelines.shards import write_shards
 from pretrain.events import read_events
 from tests.cluster.emulated_slurm import EmulatedSlurm, missing
 from tests.data_pipelines.encode_here import encode_here
-from tests.pretrain.tiny import stage
+from tests.pretrain.tiny import ROOT, stage
 from tokenizer import VideoTokenizer
 from tokenizer.autoencoder import AutoencoderConfig
 from tokenizer.tokenizer import TokenizerConfig
@@ -96,6 +96,28 @@ def test_a_sick_node_is_left_out(scene: SlurmScene) -> None:
     found = [ended[name] for name in ("JobState", "Restarts", "ExcNodeList", "BatchHost")]
     assert found == ["COMPLETED", "1", "n1", "n2"], log
     assert "bad n1: tried out: VIDEOAR_SICK_NODE names it" in log and "sick: n1; it starts again without" in log
+
+
+CRASH = """
+import os, signal, time
+if "TORCHELASTIC_RUN_ID" in os.environ:
+    if os.environ["SLURMD_NODENAME"] == "n1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(5)
+"""
+"""Python runs it at its start: the first node's rank crashes, the other node's is seconds later than it, and has no store any more."""
+
+
+def test_of_two_nodes_only_the_one_whose_rank_crashes_is_left_out(scene: SlurmScene, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(CRASH)
+    env = {"PYTHONPATH": f"{ROOT}:{tmp_path}", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    (job,) = scene.submit("whole", "--preflight=ranks", f"--env={json.dumps(env)}")
+    judged = scene.slurm.wait_for(job, lambda one: one["ExcNodeList"] != "(null)" or one["JobState"] == "FAILED")
+    scene.slurm.run("scancel", job)  # it would wait for a second node for ever
+    log = (scene.out("whole") / "slurm" / f"videoar-{job}.log").read_text()
+    assert (judged["ExcNodeList"], judged["Restarts"]) == ("n1", "1"), log
+    assert re.findall(r"^(?:bad|local) n\d.*", log, re.M) == ["bad n1: rank 0 died of SIGKILL", "local n2"]
+    assert "sick: n1; it starts again without" in log
 
 
 def test_a_run_that_fails_again_and_again_is_given_up(scene: SlurmScene) -> None:
