@@ -259,7 +259,7 @@ def _clean(task: Task) -> None:
 def _raise_user_error(error: Exception) -> None:
     cause = getattr(error, "cause", None)
     if isinstance(cause, UserError):
-        raise UserError(str(cause)) from error
+        raise type(cause)(str(cause)) from error
 
 
 def _short(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from tokenizer.errors import UserError
+from tokenizer.errors import Fault, UserError
 
 GRACE = 5.0
 """Seconds by which the reader outwaits its workers, whose own errors say what they could not read."""
@@ -36,7 +36,7 @@ class ReadAhead(Iterator[Any]):
         what: names what is read, for messages.
 
     Raises:
-        UserError: while reading, one that a worker raised, or a worker died or hangs. The workers have ended then.
+        UserError: while reading, one that a worker raised; a Fault where a worker died or hangs. The workers have ended then.
     """
 
     def __init__(self, dataset: Dataset[Any], plan: Iterable[Any], num_workers: int, timeout: float, what: str):
@@ -91,10 +91,13 @@ class ReadAhead(Iterator[Any]):
         """torch's error in our words; None for one that is a fault of the program."""
         text = str(error)
         if "Original Traceback" in text:  # a worker's own
-            return UserError(text.rpartition("UserError: ")[2].strip()) if isinstance(error, UserError) else None
+            if not isinstance(error, UserError):
+                return None
+            kind = type(error)
+            return kind(text.rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip())
         about_workers = isinstance(error, RuntimeError) and text.startswith("DataLoader")
         if self._killed or (about_workers and "timed out" in text):
-            return UserError(
+            return Fault(
                 f"no batch of {self.what} came within {self.timeout:g} s, and the processes that read it say nothing: "
                 "look at the machine and its disks, or allow more time (data_timeout)."
             )
@@ -147,8 +150,8 @@ class _Deaths:
 _DEATHS = _Deaths()
 
 
-def _lost(error: Exception, what: str) -> UserError:
-    return UserError(
+def _lost(error: Exception, what: str) -> Fault:
+    return Fault(
         f"a process that read {what} ahead has died ({' '.join(str(error).split()).rstrip('. ')}): if memory ran out, use fewer "
         "data_workers; start again, and the run goes on from its last checkpoint."
     )

@@ -32,7 +32,7 @@ import botocore.exceptions as aws
 import filelock
 from streaming.base.storage import CloudDownloader
 
-from tokenizer.errors import UserError
+from tokenizer.errors import Fault, UserError
 from tokenizer.files import sync
 
 TIMEOUT = 600.0
@@ -70,14 +70,14 @@ def locked(file: Path, limit: TimeLimit) -> Iterator[None]:
     """One process or thread at a time fetches a file; the lock ends with its process.
 
     Raises:
-        UserError: somebody held it until the limit.
+        Fault: somebody held it until the limit.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(file.with_name(f".{file.name}.lock"))
     try:
         lock.acquire(timeout=limit.left())
     except filelock.Timeout as error:
-        raise UserError(
+        raise Fault(
             f"another process was still fetching {file} after {limit.seconds:g} s: see what it says, or allow more time (data_timeout)."
         ) from error
     try:
@@ -112,7 +112,8 @@ class Remote:
             fault: says what is wrong with a downloaded file, or None.
 
         Raises:
-            UserError: it can't be had or is damaged (it names the URL), or the disk is full (it names the folder).
+            UserError: it can't be had or is damaged (it names the URL), or the disk is full (it names the folder); a Fault where it
+                could not be had in time.
         """
         url = f"{self.url}/{name}"
         _remove(file.parent, f".{escape(file.name)}.*{PART}*")  # what a process that was killed has left
@@ -185,7 +186,7 @@ class Remote:
             if not attempt:
                 print(f"{url}: {failure}; tried again for up to {limit.left():.0f} s", file=sys.stderr, flush=True)
             time.sleep(_pause(attempt, limit.left()))
-        raise UserError(
+        raise Fault(
             f"{url} could not be fetched within {limit.seconds:g} s ({failure}): check that the storage is up and the address right, "
             "or allow more time (data_timeout)."
         )

@@ -43,7 +43,7 @@ from tests.data_pipelines.encode_here import encode_here
 from tests.data_pipelines.media import write_video
 from tests.data_pipelines.s3_server import ENVIRONMENT, Relay, S3Server, free_port
 from tests.pretrain.tiny import write_codes, write_tokenizer
-from tokenizer.errors import UserError
+from tokenizer.errors import Fault, UserError
 
 SHARDS = 28
 BATCHES = 14  # an epoch of 4 clips each, so that every batch needs two shards that no earlier one has fetched
@@ -184,7 +184,7 @@ def test_a_worker_that_is_killed_is_an_error_and_a_restart_goes_on_exactly(
     state = stream.state_dict()
     said = r"that read s3://bucket/codes ahead has died .*\(pid \d+\) is killed by signal: Killed.*data_workers; start again"
     began, undisturbed_work = time.monotonic(), False
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(Fault, match=said):
         server.halt()
         if main == "works":  # at a step of the training, which is not disturbed
             os.kill(workers[1].pid, signal.SIGKILL)
@@ -254,7 +254,7 @@ def test_attempts_go_on_until_the_limit(
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # botocore's
     began = time.monotonic()
     with pytest.raises(
-        UserError, match="s3://bucket/codes/index.json could not be fetched within 3 s .EndpointConnectionError"
+        Fault, match="s3://bucket/codes/index.json could not be fetched within 3 s .EndpointConnectionError"
     ):
         ShardFolder("s3://bucket/codes", tmp_path, timeout=3)
     # botocore's own tries would go on for minutes; a busy machine may be seconds late
@@ -275,7 +275,7 @@ def test_a_storage_that_does_not_answer_is_an_error_in_time(
 
     def read(stream: CodeStream) -> float:
         said = r"^s3://bucket/codes/\d+/shard.00000.mds could not be fetched within 4 s"
-        with pytest.raises(UserError, match=said) as caught:
+        with pytest.raises(Fault, match=said) as caught:
             contents(stream, BATCHES)
         assert "Traceback" not in str(caught.value)
         return time.monotonic() - began
@@ -298,7 +298,7 @@ def test_a_worker_that_hangs_is_an_error_in_time(bucket: Path, monkeypatch: pyte
         next(stream)
     for worker in workers:
         os.kill(worker.pid, signal.SIGSTOP)
-    with at_most(20), pytest.raises(UserError, match="no batch of /.*/codes came within 2 s"):
+    with at_most(20), pytest.raises(Fault, match="no batch of /.*/codes came within 2 s"):
         for _ in stream:
             pass
 
@@ -347,8 +347,9 @@ def test_damaged_shards_of_the_remote_are_named_and_never_kept(tmp_path: Path):
     dataset = CodeDataset("s3://bucket/damaged", cache=tmp_path)
     for row, why in enumerate(("is damaged .its content does not have the hash", "is damaged .it has .* bytes where",
                                "can't be fetched, the storage answers 404")):  # fmt: skip
-        with pytest.raises(UserError, match=f"s3://bucket/damaged/0000{row}/shard.00000.mds {why}"):
+        with pytest.raises(UserError, match=f"s3://bucket/damaged/0000{row}/shard.00000.mds {why}") as caught:
             dataset[row]
+        assert caught.type is UserError  # no later start would fare better
     assert dataset[3]["caption"] == "clip 3"
     assert [file.parent.name for file in tmp_path.rglob("*shard*") if file.suffix != ".lock"] == ["00003"]
 
