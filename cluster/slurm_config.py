@@ -24,6 +24,8 @@ VALUE = re.compile(r"[A-Za-z0-9@][A-Za-z0-9@._+,:=/&|*()\[\]-]*")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 DEPENDENCY = re.compile(r"(singleton|(after|afterany|afterok|afternotok|aftercorr)(:\d+(_\d+)?(\+\d+)?)+)([,?].*)?")
 IMAGE = re.compile(r"[A-Za-z0-9/][A-Za-z0-9._/:@#+=-]*")
+START = 120
+"""Seconds of a start that must fit into a job besides the warning: the checks before it, imports, restoring, a step."""
 OWN = (
     "job-name", "nodes", "ntasks", "ntasks-per-node", "gpus", "gpus-per-node", "cpus-per-task", "mem", "time",
     "partition", "account", "qos", "exclusive", "signal", "requeue", "no-requeue", "open-mode", "output", "error",
@@ -50,9 +52,10 @@ class SlurmConfig:
         dependency: what to wait for, in sbatch's words, as afterok:1234.
         array: an encoding in so many parts, each a job of its own; 0: one job.
         array_limit: parts at the same time; 0: as many as there is room for.
-        warn_seconds: before the time limit a signal asks the run to save; a step and a save must fit in.
-        max_restarts: of a run that fails without a new checkpoint since it failed last; preemptions and node losses that SLURM sees do not
-            count.
+        warn_seconds: before the time limit a signal asks the run to save; a step and a save must fit in, and `time` must leave room for a
+            start besides.
+        max_restarts: of a run that fails without a new checkpoint since it failed last, or is stopped before the time limit without one
+            since its start; preemptions and node losses that SLURM sees do not count.
         preflight: "node" looks at devices, disks and data of each node before each start, "ranks" also lets all ranks add up numbers, "off"
             does neither. A sick node is named and left out of the next start.
         container: an image; null: none.
@@ -102,11 +105,20 @@ class SlurmConfig:
         _check("partition", self.partition, LIST, "names of partitions with commas")
         _check("memory_per_node", self.memory_per_node, MEMORY, "a number with K, M, G or T, as 900G")
         _check("time", self.time, TIME, "SLURM's form, as 90 (minutes), 24:00:00 or 2-12:00:00")
+        self._check_time()
         _check("dependency", self.dependency, DEPENDENCY, "sbatch's form, as afterok:1234")
         _check("container", self.container, IMAGE, "an image's path or address without spaces")
         for part in (self.dependency or "").replace("?", ",").split(","):
             _check("dependency", part or None, DEPENDENCY, "sbatch's form, as afterok:1234")
         self._check_collections()
+
+    def _check_time(self) -> None:
+        limit = seconds(self.time) if self.time else 0
+        if 0 < limit <= self.warn_seconds + START:  # 0: none
+            raise UserError(
+                f"time is '{self.time}', {limit} s, of which warn_seconds takes the last {self.warn_seconds}: the job would be told to "
+                f"stop before it has trained; set time above {self.warn_seconds + START} s, or lower warn_seconds."
+            )
 
     def _check_collections(self) -> None:
         for name, value in self.options.items():
@@ -140,6 +152,16 @@ class SlurmConfig:
     def world_size(self) -> int:
         """All ranks."""
         return self.nodes * self.processes
+
+
+def seconds(time: str) -> int:
+    """A time limit in SLURM's form."""
+    days, _, clock = time.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if not days and len(parts) < 3:
+        parts = [0, *parts]  # minutes, with seconds or without
+    hours, minutes, rest = (*parts, 0, 0)[:3]
+    return ((24 * int(days or 0) + hours) * 60 + minutes) * 60 + rest
 
 
 def check_path(what: str, path: str) -> None:

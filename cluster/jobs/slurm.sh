@@ -57,10 +57,13 @@ requeue() {
   exit 3
 }
 
+saved() { ls -1 "$progress" 2>/dev/null | grep -E '^(step-)?[0-9]+$' | sort -V; }
+newest() { saved | tail -n 1; }
+
 # A start that failed: once more, unless it has failed too often without a new checkpoint in between.
 try_again() {
   local status=$1 out=${2:-} newest failures=0 at=""
-  newest=$(ls -1 "$progress" 2>/dev/null | grep -E '^(step-)?[0-9]+$' | sort -V | tail -n 1)
+  newest=$(newest)
   { read -r failures at <"$notes/failures-$SLURM_JOB_ID"; } 2>/dev/null
   [ "$at" = "${newest:-none}" ] || failures=0
   failures=$((failures + 1))
@@ -80,6 +83,10 @@ judge() {
     2) say "a setting must be mended first: no further start"; exit 2 ;;
     3 | 138 | 143) # it was told to stop: saved, or had not begun
       if [ "$asked" = taken ]; then say "SLURM took the job away"; exit 3; fi
+      if [ "$asked" = limit ] && [ "$(saved)" = "$at_start" ]; then
+        say "told to stop before the time limit with nothing new saved since it began: is the limit long enough for warn_seconds and a start?"
+        try_again 3
+      fi
       say "stopped by a signal${asked:+ before the time limit} and saved: it goes on in its next turn"
       requeue ;;
   esac
@@ -120,4 +127,5 @@ inspect() {
 }
 
 mkdir -p "$notes"
+at_start=$(saved)
 say "on $SLURM_JOB_NODELIST"

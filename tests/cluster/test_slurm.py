@@ -123,8 +123,18 @@ def test_of_two_nodes_only_the_one_whose_rank_crashes_is_left_out(scene: SlurmSc
 def test_a_run_that_fails_again_and_again_is_given_up(scene: SlurmScene) -> None:
     short = ("--nodes=1", "--preflight=off")
     (failing,) = scene.submit("failing", *short, "--python=/bin/false", "--max_restarts=1")
+    late = scene.folder / "late.sh"
+    late.write_text("#!/bin/sh\nexec sleep 600\n")  # told to stop in a start that does not come to a step
+    late.chmod(0o755)
     # a mistake in the settings is no reason to try again
     (mistaken,) = scene.submit("mistaken", *short, "--", "--tokenizer", str(scene.folder / "nowhere"))
+    (short_of_time,) = scene.submit("late", *short, f"--python={late}", "--max_restarts=1")
+    for start in range(2):
+        scene.slurm.wait_for(short_of_time, lambda _, start=start: scene.log("late").count(" on n") > start)
+        scene.preempt(short_of_time, "limit")
+    ended = scene.slurm.end_of(short_of_time)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "3:0", "1"), scene.log("late")
+    assert scene.log("late").count("told to stop before the time limit with nothing new saved since it began") == 2
     ended = scene.slurm.end_of(failing)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "1")
     assert "it has failed 2 times since the beginning: no further start" in scene.log("failing")

@@ -11,7 +11,7 @@ import yaml
 
 from cluster import health
 from cluster.slurm import safe_name, submit
-from cluster.slurm_config import DESCRIPTION, SlurmConfig
+from cluster.slurm_config import DESCRIPTION, SlurmConfig, seconds
 from cluster.slurm_encode import encode_work
 from cluster.slurm_script import Work, check_work, script
 from data_pipelines.encode import EncodeConfig
@@ -51,6 +51,8 @@ BAD = [
     ("processes_per_node", 0, "processes_per_node is 0"),
     ("warn_seconds", 0, "warn_seconds is 0"),
     ("warn_seconds", 70000, "from 1 to 65535"),
+    ("time", "5", "time is '5', 300 s, of which warn_seconds takes the last 300: .* above 420 s"),
+    ("time", "00:07:00", "time is '00:07:00', 420 s, of which"),
     ("max_restarts", -1, "max_restarts is -1"),
 ]
 
@@ -69,6 +71,21 @@ def test_what_could_be_shell_code_or_nonsense_is_refused(name: str, value: objec
 )
 def test_what_sbatch_takes_is_taken(time: str, dependency: str | None) -> None:
     assert SlurmConfig(time=time, dependency=dependency).time == time
+
+
+def test_a_time_limit_is_read_as_sbatch_reads_it() -> None:
+    told = {
+        "90": 5400,
+        "90:30": 5430,
+        "24:00:01": 86401,
+        "2-00": 172800,
+        "2-12:30": 217800,
+        "1-00:00:07": 86407,
+        "0": 0,
+    }
+    assert {text: seconds(text) for text in told} == told
+    assert SlurmConfig(time="0").time == "0"  # none
+    assert SlurmConfig(time="8").time == "8" and SlurmConfig(time="3", warn_seconds=59).warn_seconds == 59
 
 
 def test_the_file_beside_the_code_says_what_the_class_does() -> None:
