@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+
+import torch
 
 from cluster.slurm import safe_name, stage_chain
 from cluster.slurm_config import SlurmConfig
 from cluster.slurm_script import Work
-from parallel.setup import check_processes
+from inference.config import ModelConfig
+from parallel.setup import ProcessInfo, check_layout
 from pretrain.config import PretrainConfig
+from pretrain.train import check_batches
 from tokenizer import settings
 from tokenizer.errors import UserError
 
@@ -24,10 +29,11 @@ def pretrain_work(file: Path | None, words: Sequence[str], job: SlurmConfig, sta
         write: keep the settings beside the run; else they are only checked.
 
     Raises:
-        UserError: settings do not fit each other or the number of processes, or the folder can't be written.
+        UserError: settings do not fit each other or the number of processes (layout, heads, layers, batches of all stages), or the folder
+            can't be written.
     """
     config = settings.load(PretrainConfig, file, words)
-    check_processes(config.parallel, job.world_size)
+    check_sizes(config, job.world_size)
     if stages and config.last_stage is not None:
         raise UserError("--stages goes through all stages: leave last_stage out.")
     rooted = config.rooted()
@@ -44,3 +50,22 @@ def pretrain_work(file: Path | None, words: Sequence[str], job: SlurmConfig, sta
     reads = tuple(str(Path(path).absolute()) for path in dict.fromkeys(folders) if "://" not in path)
     work = Work(name, run, run / "checkpoints", ("pretrain", "--config", str(kept)), reads)
     return stage_chain(work, [stage.name for stage in config.stages]) if stages else [work]
+
+
+def check_sizes(config: PretrainConfig, world_size: int) -> None:
+    """What the run checks at its start, as far as it needs no codes, which may be encoded by a job before it.
+
+    Args:
+        config: the run.
+        world_size: processes.
+
+    Raises:
+        UserError: the processes, the network or a stage's batches do not divide.
+    """
+    network = asdict(config.network)
+    del network["condition"]
+    # its grids and frames come with the codes; no size depends on them
+    check_layout(ModelConfig(**network, scales=((1, 1),), num_frames=1), config.parallel, world_size)
+    parallel = config.parallel
+    together = parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.context_parallel_size
+    check_batches(config, ProcessInfo(0, world_size, 0, world_size // together, 0, 0, True, torch.device("cpu")))

@@ -16,7 +16,7 @@ from cluster.slurm_encode import encode_work
 from cluster.slurm_script import Work, check_work, script
 from data_pipelines.encode import EncodeConfig
 from parallel.launch import exit_status
-from tests.pretrain.tiny import write_run
+from tests.pretrain.tiny import ROOT, write_run
 from tokenizer import settings
 from tokenizer.errors import UserError
 from videoar import main
@@ -189,6 +189,9 @@ def test_bad_words_end_with_one_sentence(
         (["--nodes=two"], "do not fit SlurmConfig"),
         (["--time=soon"], "time is 'soon'"),
         (["--nodes=3", "--", "--parallel.tensor_parallel_size=2"], "start 2 or 4 processes"),
+        (["--nodes=4", "--", "--parallel.tensor_parallel_size=4"], "num_attention_heads 2 does not divide"),
+        (["--nodes=4", "--", "--parallel.pipeline_parallel_size=4"], "num_layers 2 does not divide"),
+        (["--nodes=3"], "global_batch_size 4 is no multiple of micro_batch_size 2 x 3 data-parallel ranks"),
         (["--", "--optimzer.lr=1"], "unknown key 'optimzer.lr'"),
         (["--", "--last_stage=two"], "last_stage is 'two': choose one of the stages, one"),
         (["--command=encode", "--stages"], "--stages makes a job of each stage of a training"),
@@ -196,6 +199,9 @@ def test_bad_words_end_with_one_sentence(
     ):
         assert main([*base, *words]) == 2, words
         assert message in capsys.readouterr().err
+    recipe = ["submit", "--config", str(ROOT / "pretrain" / "configs" / "t2v-4b.yaml"), "--dry-run", "--nodes"]
+    assert main([*recipe, "3"]) == 2 and "x 6 data-parallel ranks: choose a multiple of 24" in capsys.readouterr().err
+    assert main([*recipe, "4"]) == 0 and "--nodes=4" in capsys.readouterr().out
     monkeypatch.setenv("PATH", "/nowhere")
     assert main(base[:-1]) == 2
     assert "there is no sbatch here" in capsys.readouterr().err
