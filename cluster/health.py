@@ -11,6 +11,7 @@ VIDEOAR_SICK_NODE=NODE in the environment makes a node sick, to try what happens
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import socket
 import subprocess
@@ -22,6 +23,8 @@ from pathlib import Path
 
 ANSWER = 60.0
 """Seconds that a check may take."""
+INDEX, SHARDS = "index.json", 8
+"""The list of a folder's shards, and how many of them are read: the first, the last and some between."""
 FREE, SHARED = 2e9, 64e6
 """Bytes that must be free for the run's folder, and in shared memory for each process."""
 
@@ -126,11 +129,40 @@ def writable(folder: Path, wanted: float) -> None:
 
 
 def readable(path: Path) -> None:
-    """Raises OSError if a file, or some first files of a folder, can't be read."""
+    """Raises OSError or Sick if a file, some first files of a folder, or some shards that its index lists, can't be read."""
     files = [path] if path.is_file() else sorted(entry for entry in path.iterdir() if entry.is_file())[:4]
     for file in files:
-        with file.open("rb") as content:
-            content.read(2**16)
+        _read(file)
+    if (index := path / INDEX).is_file():
+        for file, size in shards(index):
+            _read(file)
+            if (found := file.stat().st_size) != size:
+                raise Sick(f"{file} has {found} bytes, its index says {size}")
+
+
+def shards(index: Path) -> list[tuple[Path, int]]:
+    """Some shards that an index lists, with their sizes in bytes; the packed file where it is there.
+
+    Raises:
+        ValueError: it is no index.
+    """
+    try:
+        listed = json.loads(index.read_bytes())["shards"]
+        step = max(1.0, (len(listed) - 1) / (SHARDS - 1))
+        chosen = {round(number * step) for number in range(min(SHARDS, len(listed)))}
+        found = []
+        for number in sorted(chosen):
+            both = [listed[number][kind] for kind in ("zip_data", "raw_data")]
+            files = [(index.parent / data["basename"], int(data["bytes"])) for data in both if data]
+            found.append(next((one for one in files if one[0].is_file()), files[-1]))
+        return found
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{index} is no index of shards ({error!r})") from error
+
+
+def _read(file: Path) -> None:
+    with file.open("rb") as content:
+        content.read(2**16)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ def pretrain_work(file: Path | None, words: Sequence[str], job: SlurmConfig, sta
         except OSError as error:
             raise UserError(f"{kept} can't be written ({error.strerror}): name another `out`.") from error
     folders = [rooted.tokenizer, *(source.dir for stage in rooted.stages for source in stage.codes)]
+    folders += [stage.validation for stage in rooted.stages if stage.validation is not None]
     reads = tuple(str(Path(path).absolute()) for path in dict.fromkeys(folders) if "://" not in path)
     work = Work(name, run, run / "checkpoints", ("pretrain", "--config", str(kept)), reads)
     return stage_chain(work, [stage.name for stage in config.stages]) if stages else [work]

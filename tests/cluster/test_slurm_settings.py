@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from cluster.slurm_encode import encode_work
 from cluster.slurm_script import Work, check_work, script
 from data_pipelines.encode import EncodeConfig
 from parallel.launch import exit_status
-from tests.pretrain.tiny import ROOT, write_run
+from pretrain.submission import pretrain_work
+from tests.pretrain.tiny import ROOT, stage, write_run
 from tokenizer import settings
 from tokenizer.errors import UserError
 from videoar import main
@@ -264,6 +267,48 @@ def test_a_sick_node_is_named_with_its_reason(
     for fault, status in (("n7", 1), ("n8", 0)):
         monkeypatch.setenv("VIDEOAR_SICK_NODE", fault)
         assert health.main(words) == status
+
+
+def test_shards_in_sub_folders_are_read_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
+    file = write_run(
+        tmp_path, stages=[stage(tmp_path / "codes", 2, validation="held-out"), stage(tmp_path / "codes", 2)]
+    )
+    shutil.copytree(tmp_path / "codes", tmp_path / "held-out")
+    words = ["--root", str(tmp_path)]
+    [run] = pretrain_work(file, words, SlurmConfig(gpus_per_node=0), stages=False, write=False)
+    assert run.reads == tuple(str(tmp_path / name) for name in ("tokenizer", "codes", "held-out"))
+
+    def check() -> str:
+        health.main(["--run", str(run.run), *(word for path in run.reads for word in ("--reads", path))])
+        return capsys.readouterr().out
+
+    assert check() == "ok n7\n"
+    [shard] = (tmp_path / "held-out").rglob("*.mds")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    assert f"bad n7: {tmp_path}/held-out: {shard} has {len(whole) - 1} bytes, its index says {len(whole)}" in check()
+    shard.unlink()
+    assert f"bad n7: {tmp_path}/held-out: [Errno 2] No such file or directory: '{shard}'" in check()
+    (tmp_path / "held-out" / "index.json").write_text("[]")
+    assert "is no index of shards" in check()
+
+
+@pytest.mark.parametrize(
+    ("count", "chosen"), [(1, [0]), (3, [0, 1, 2]), (8, list(range(8))), (71, list(range(0, 71, 10)))]
+)
+def test_shards_from_the_first_to_the_last_are_chosen(tmp_path: Path, count: int, chosen: list[int]) -> None:
+    (tmp_path / "1").touch()
+    listed = [
+        {"zip_data": {"basename": f"{n}", "bytes": 1}, "raw_data": {"basename": f"{n}.raw", "bytes": 2}}
+        for n in range(count)
+    ]
+    (tmp_path / "index.json").write_text(json.dumps({"shards": listed}))
+    found = health.shards(tmp_path / "index.json")
+    # of a packed shard the raw file is made where it is first read
+    assert found == [(tmp_path / (f"{n}" if n == 1 else f"{n}.raw"), 1 if n == 1 else 2) for n in chosen]
 
 
 def test_a_disk_that_does_not_answer_is_a_reason(tmp_path: Path) -> None:
