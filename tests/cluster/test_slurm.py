@@ -29,7 +29,9 @@ from tokenizer.autoencoder import AutoencoderConfig
 from tokenizer.tokenizer import TokenizerConfig
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "-")
-STEPS, EVERY = (30, 40), 10
+STEPS, EVERY = (100, 55), 25
+"""Of the stages, and between checkpoints. Three stops must fit into the first stage, however short a step is beside the time that a stop
+takes."""
 
 
 @pytest.fixture(scope="module")
