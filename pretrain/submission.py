@@ -34,6 +34,10 @@ def pretrain_work(file: Path | None, words: Sequence[str], job: SlurmConfig, sta
     """
     config = settings.load(PretrainConfig, file, words)
     check_sizes(config, job.world_size)
+    if config.resilience.hang_monitor == "nvidia":
+        raise UserError(
+            "resilience.hang_monitor is nvidia, whose ft_launcher a SLURM job's script does not use: choose auto or own."
+        )
     if stages and config.last_stage is not None:
         raise UserError("--stages goes through all stages: leave last_stage out.")
     rooted = config.rooted()

@@ -195,6 +195,7 @@ def test_bad_words_end_with_one_sentence(
         (["--nodes=4", "--", "--parallel.tensor_parallel_size=4"], "num_attention_heads 2 does not divide"),
         (["--nodes=4", "--", "--parallel.pipeline_parallel_size=4"], "num_layers 2 does not divide"),
         (["--nodes=3"], "global_batch_size 4 is no multiple of micro_batch_size 2 x 3 data-parallel ranks"),
+        (["--", "--resilience.hang_monitor=nvidia"], "whose ft_launcher a SLURM job's script does not use"),
         (["--", "--optimzer.lr=1"], "unknown key 'optimzer.lr'"),
         (["--", "--last_stage=two"], "last_stage is 'two': choose one of the stages, one"),
         (["--command=encode", "--stages"], "--stages makes a job of each stage of a training"),
