@@ -302,7 +302,7 @@ def test_a_process_that_was_killed_from_outside_condemns_no_file(corpus, tmp_pat
 
     monkeypatch.setattr(shard_part, "probe", hungry)
     with pytest.raises(UserError, match="killed by SIGKILL at videos/good0.mp4: if memory ran out, .* fewer --workers"):
-        write_shards(corpus / "clips.csv", tmp_path / "out", ShardsConfig(part_files=4))
+        write_shards(corpus / "clips.csv", tmp_path / "out", ShardsConfig(part_files=4, workers=1))
     monkeypatch.undo()
     assert write_shards(corpus / "clips.csv", tmp_path / "out", ShardsConfig(part_files=4))["clips"] == 5
 
