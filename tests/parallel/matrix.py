@@ -199,6 +199,7 @@ def train(
 
 def leave_layout() -> None:
     """Makes room for the next layout; megatron forgets its groups, but their threads would stay and slow the next ones down."""
+    dist.barrier()  # a group that one process leaves while another still waits in it ends the other (gloo: SIGABRT)
     parallel_state.destroy_model_parallel()
     for group in list(dist.distributed_c10d._world.pg_names):
         if group is not dist.group.WORLD:
