@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,11 @@ class PretrainRun:
             if result and re.fullmatch(r"step-\d+", folder.name):
                 sets.append(SampleSet(folder, result["global_step"], result["stage"], result.get("scores", {})))
         return sorted(sets, key=lambda one: one.global_step)
+
+
+def last_life(events: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The newest event of `LIVES`; None: nobody has started yet."""
+    return next((event for event in reversed(events) if event.get("event") in LIVES), None)
 
 
 def lives(pid: int, beat: float) -> bool:

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from evaluation.run_files import LIVES, PretrainRun, lives
+from evaluation.run_files import PretrainRun, last_life, lives
 
 SILENCE, SILENT_STEPS = 120.0, 20
 """Seconds without a sign of life, and how many steps' time, after which a run on another machine counts as silent."""
@@ -156,7 +156,7 @@ def _sum(stages: Sequence[dict[str, Any]], key: str) -> int | None:
 
 def _state(run: PretrainRun, last: dict[str, Any] | None, now: float) -> tuple[str, str]:
     """A word, and a sentence's worth of words: whether the run is alive."""
-    life = next((event for event in reversed(run.events) if event.get("event") in LIVES), None)
+    life = last_life(run.events)
     if life is not None and life["event"] != "start":
         words = {"finished": "finished", "stopped": "stopped by a signal and saved", "failed": "failed"}[life["event"]]
         return life["event"], f"{words} {duration(now - life['time'])} ago"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import sys
@@ -9,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from evaluation.run_files import LIVES, PretrainRun, lives
+from evaluation.run_files import LIVES, last_life, lives
+from pretrain.events import read_events
 
 JOB = "SLURM_JOB_ID"
 """A job that its scheduler has started again has ended before."""
@@ -25,7 +27,7 @@ def owner(out: Path) -> str | None:
     Args:
         out: the run's folder.
     """
-    beat = now = _candidate(out)
+    beat = _candidate(out)
     if beat is None:
         return None
     name = f"process {beat['pid']} on {beat['host']}" + (f", job {beat['job']}" if beat.get("job") else "")
@@ -34,21 +36,18 @@ def owner(out: Path) -> str | None:
         text = f"{out}: waiting up to {wait:.0f} s to see whether {name} still trains here"
         print(text, file=sys.stderr, flush=True)
         end = time.monotonic() + wait
-        while now == beat and time.monotonic() < end:
+        while _beat(out) == beat:
+            if time.monotonic() >= end:
+                return None
             time.sleep(0.5)
-            now = _candidate(out)
-        if now is None or now == beat:
+        if _candidate(out) is None:
             return None
     return name
 
 
 def _candidate(out: Path) -> dict[str, Any] | None:
     """The last heartbeat of a rank 0 that may be alive."""
-    if not (out / "heartbeats").is_dir():
-        return None
-    run = PretrainRun(out)
-    beat = next((beat for beat in run.heartbeats() if beat["rank"] == 0), None)
-    life = next((event for event in reversed(run.events) if event.get("event") in LIVES), None)
+    beat, life = _beat(out), last_life(read_events(out))
     if beat is None or (life is not None and life["event"] != LIVES[0] and beat["time"] < life["time"] + SLACK):
         return None
     if beat.get("job") and beat["job"] == os.environ.get(JOB):
@@ -56,3 +55,11 @@ def _candidate(out: Path) -> dict[str, Any] | None:
     if beat["host"] == platform.node() and (beat["pid"] == os.getpid() or not lives(beat["pid"], beat["time"])):
         return None
     return beat
+
+
+def _beat(out: Path) -> dict[str, Any] | None:
+    """Rank 0's heartbeat, without the other ranks' and without what grows with the run."""
+    try:
+        return json.loads((out / "heartbeats" / "rank-0.json").read_text())
+    except (OSError, ValueError):
+        return None
